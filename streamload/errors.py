@@ -1,0 +1,211 @@
+"""Every error that streamload raises, in one tree.
+
+::
+
+    StreamloadError
+    ├── OptionError              (ValueError)         an option has no meaning, or two contradict each other
+    ├── MissingDependencyError   (ImportError)        torch, or another optional library, is not installed
+    ├── CheckpointError          (ValueError)         the files do not make a checkpoint
+    │   ├── HeaderError                               a file is not valid safetensors
+    │   ├── IndexFileError                            the index does not fit the files
+    │   └── UnsupportedDtypeError                     torch has no such dtype
+    ├── SourceError              (OSError)            bytes could not be had
+    │   ├── NotFoundError        (FileNotFoundError)  no such bucket, key, directory or file
+    │   ├── AccessError          (PermissionError)    refused
+    │   │   └── CredentialsError                      nothing to sign with, or it was not accepted
+    │   ├── ChecksumError                             what arrived is not what the source keeps
+    │   ├── ObjectChangedError                        the object is no longer the version first seen
+    │   └── TransientError                            worth another try; ``retryable`` is true
+    │       └── TruncatedReadError                    the bytes ended before the range did
+    ├── DeviceError              (RuntimeError)       the device does not exist or refused
+    ├── MemoryLimitError         (MemoryError)        a tensor is larger than a strict limit
+    ├── DeadlineError            (TimeoutError)       the load did not end in time
+    └── ClosedError              (RuntimeError)       the stream was closed, or belongs to another process
+
+Each names where it happened in the attributes ``uri``, ``object``, ``start``, ``end`` and ``attempts``. Errors
+survive pickling, and their text passes through `streamload.uris.scrub`, so that no credential shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from streamload.uris import scrub, scrub_uri
+
+__all__ = [
+    "AccessError",
+    "CheckpointError",
+    "ChecksumError",
+    "ClosedError",
+    "CredentialsError",
+    "DeadlineError",
+    "DeviceError",
+    "HeaderError",
+    "IndexFileError",
+    "MemoryLimitError",
+    "MissingDependencyError",
+    "NotFoundError",
+    "ObjectChangedError",
+    "OptionError",
+    "SourceError",
+    "StreamloadError",
+    "TransientError",
+    "TruncatedReadError",
+    "UnsupportedDtypeError",
+]
+
+
+class StreamloadError(Exception):
+    """The root of all errors that streamload raises.
+
+    Args:
+        cause: What went wrong, in words; one line.
+        uri: The URI that the caller gave, without credentials.
+        object: The object's key, relative to the URI (a file's name, usually).
+        start: The first byte of the range that was asked for.
+        end: One past its last byte.
+        attempts: How many times it was tried, where it was tried at all.
+        valid_bytes: How many leading bytes of the range arrived whole before the failure.
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        cause: str,
+        *,
+        uri: str | None = None,
+        object: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        attempts: int | None = None,
+        valid_bytes: int = 0,
+    ) -> None:
+        self.cause = scrub(" ".join(cause.split()))
+        super().__init__(self.cause)
+        self.uri = None if uri is None else scrub_uri(uri)
+        self.object = object
+        self.start = start
+        self.end = end
+        self.attempts = attempts
+        self.valid_bytes = valid_bytes
+
+    def locate(
+        self,
+        *,
+        uri: str | None = None,
+        object: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        attempts: int | None = None,
+    ) -> Self:
+        """Fill in what the place that raised did not know; what it knew stays. Returns the error itself."""
+        if self.uri is None and uri is not None:
+            self.uri = scrub_uri(uri)
+        if self.object is None:
+            self.object = object
+        if self.start is None and self.end is None:
+            self.start, self.end = start, end
+        if self.attempts is None:
+            self.attempts = attempts
+        return self
+
+    def __str__(self) -> str:
+        where = [part for part in (self.uri, self.object) if part]
+        if self.start is not None and self.end is not None:
+            where.append(f"bytes {self.start}-{self.end}")
+        text = f"{', '.join(where)}: {self.cause}" if where else self.cause
+        if self.attempts is not None and self.attempts > 1:
+            text += f" (after {self.attempts} attempts)"
+        return text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), self.cause, self._state()))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "uri": self.uri,
+            "object": self.object,
+            "start": self.start,
+            "end": self.end,
+            "attempts": self.attempts,
+            "valid_bytes": self.valid_bytes,
+        }
+
+
+def _rebuild(kind: type[StreamloadError], cause: str, state: dict[str, Any]) -> StreamloadError:
+    return kind(cause, **state)
+
+
+class OptionError(StreamloadError, ValueError):
+    """An option's value has no meaning, or two options contradict each other."""
+
+
+class MissingDependencyError(StreamloadError, ImportError):
+    """An optional library that this needs is not installed; the text says which and how to get it."""
+
+
+class CheckpointError(StreamloadError, ValueError):
+    """The files do not make a checkpoint."""
+
+
+class HeaderError(CheckpointError):
+    """A file is not valid safetensors."""
+
+
+class IndexFileError(CheckpointError):
+    """The index file is not valid, or names what is not there."""
+
+
+class UnsupportedDtypeError(CheckpointError):
+    """A tensor's dtype is valid in the format but the installed torch has none to hold it."""
+
+
+class SourceError(StreamloadError, OSError):
+    """Bytes could not be had from the source."""
+
+
+class NotFoundError(SourceError, FileNotFoundError):
+    """There is no such bucket, key, directory or file."""
+
+
+class AccessError(SourceError, PermissionError):
+    """The source refused."""
+
+
+class CredentialsError(AccessError):
+    """There are no credentials to sign with, or the ones found were not accepted."""
+
+
+class ChecksumError(SourceError):
+    """What arrived is not what the source says it keeps. Tensors of that object may have been handed out already."""
+
+
+class ObjectChangedError(SourceError):
+    """An object is no longer the version that the load began with."""
+
+
+class TransientError(SourceError):
+    """The source failed in a way that another try may mend."""
+
+    retryable: ClassVar[bool] = True
+
+
+class TruncatedReadError(TransientError):
+    """The bytes ended before the range did."""
+
+
+class DeviceError(StreamloadError, RuntimeError):
+    """The device does not exist, or refused what was asked of it."""
+
+
+class MemoryLimitError(StreamloadError, MemoryError):
+    """With ``strict_memory``: a tensor is larger than ``memory_bytes``."""
+
+
+class DeadlineError(StreamloadError, TimeoutError):
+    """The load did not end within ``deadline_s``."""
+
+
+class ClosedError(StreamloadError, RuntimeError):
+    """The stream was closed already, or belongs to the process that this one was forked from."""

@@ -1,0 +1,153 @@
+"""The thread that a load runs on, with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import threading
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+__all__ = ["Engine", "first_error", "new_event_loop", "run_in_thread"]
+
+T = TypeVar("T")
+
+# At the interpreter's end: how long to wait for a load to let go. Reads that hang longer than this sit in daemon
+# threads, which the interpreter leaves behind.
+_EXIT_GRACE_S = 10.0
+
+_live: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop; where it cannot be imported, asyncio's own."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class Engine:
+    """Runs one coroutine to its end on a daemon thread.
+
+    The coroutine's own outcome is its own business: it hands results and errors over by other means. `finished` is done
+    when the coroutine, every task of its loop, the loop and, but for its last instructions, the thread are gone.
+
+    Args:
+        main: Makes the coroutine; called on the thread.
+        loop_factory: Makes the event loop.
+    """
+
+    def __init__(
+        self,
+        main: Callable[[], Coroutine[Any, Any, None]],
+        *,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop] = new_event_loop,
+    ) -> None:
+        self.finished: Future[None] = Future()
+        self._main = main
+        self._loop_factory = loop_factory
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._started = threading.Event()
+        self._process = os.getpid()
+        self._thread = threading.Thread(target=self._run, name="streamload-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; returns when its loop runs, so that `post` and `cancel` reach it."""
+        _live.add(self)
+        self._thread.start()
+        self._started.wait()
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` was called."""
+        return self._started.is_set()
+
+    def post(self, callback: Callable[..., object], *args: object) -> None:
+        """Call `callback` on the loop soon; nothing happens where the loop has ended. From any thread."""
+        loop = self._loop
+        # A forked child has a copy of the loop without the thread, and shares the descriptor that wakes the parent's.
+        if loop is None or self._process != os.getpid():
+            return
+        try:
+            loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:  # the loop is closed
+            return
+
+    def cancel(self) -> None:
+        """Cancel the coroutine, without waiting. From any thread, the garbage collector included."""
+        task = self._task
+        if task is not None:
+            self.post(task.cancel)
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait until the thread has ended; whether it has."""
+        if not self.started or threading.current_thread() is self._thread:
+            return False
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            with asyncio.Runner(loop_factory=self._loop_factory) as runner:
+                runner.run(self._body())
+        except asyncio.CancelledError:
+            pass
+        except BaseException as error:
+            failure = error
+        self._started.set()
+        if failure is None:
+            self.finished.set_result(None)
+        else:
+            self.finished.set_exception(failure)
+
+    async def _body(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._started.set()
+        await self._main()
+
+
+def run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine to its end on an engine's thread, whether or not the caller's thread has a running loop.
+
+    A caller that is interrupted cancels it. Of an exception group, the error that came first is raised.
+    """
+    result: Future[T] = Future()
+
+    async def body() -> None:
+        try:
+            result.set_result(await main())
+        except BaseException as error:
+            result.set_exception(first_error(error))
+
+    engine = Engine(body)
+    engine.start()
+    try:
+        return result.result()
+    finally:
+        engine.cancel()
+        engine.join()
+
+
+def first_error(error: BaseException) -> BaseException:
+    """The error that came first: a TaskGroup keeps its children's in the order in which they failed."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+@atexit.register
+def _close_all() -> None:
+    """Let a script end that still holds an open load."""
+    engines = list(_live)
+    for engine in engines:
+        engine.cancel()
+    for engine in engines:
+        engine.join(_EXIT_GRACE_S)

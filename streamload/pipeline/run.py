@@ -1,0 +1,251 @@
+"""The flow of bytes: credit is taken in plan order, workers read, finished batches go to the consumer.
+
+::
+
+    dispatcher ── credit ─► sink.begin ─► bounded queue ─► workers ── sink.lend, read, sink.landed
+                                                                          │ last read of a batch
+                                                              sink.finish ▼
+                                                                       handoff ─► consumer ── credit back
+
+All of it runs on the engine's loop, in one TaskGroup: the first error cancels everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from streamload.errors import MemoryLimitError
+from streamload.pipeline.budget import Budget
+from streamload.pipeline.fetch import Fetcher
+from streamload.pipeline.handoff import Finished, Handoff
+from streamload.pipeline.verify import Verifier
+from streamload.plan import Batch, Plan, Read
+from streamload.report import Recorder
+from streamload.sinks.base import Lease, Sink
+from streamload.sources.base import SourceObject
+
+__all__ = ["Pipeline"]
+
+
+class _OpenBatch:
+    """A batch that has credit and memory, and reads still to come."""
+
+    __slots__ = ("batch", "credit_bytes", "lease", "pending")
+
+    def __init__(self, batch: Batch, lease: Lease, credit_bytes: int) -> None:
+        self.batch = batch
+        self.lease = lease
+        self.credit_bytes = credit_bytes
+        self.pending = len(batch.reads)
+
+
+class Pipeline:
+    """Carries out one plan.
+
+    Args:
+        plan: What to read.
+        objects: The shard files as the source knows them, by key.
+        fetcher: Reads, with retries.
+        sink: Lends the memory and makes the tensors.
+        budget: The credit.
+        handoff: Where finished batches go.
+        recorder: What is told of it all.
+        verifier: Checks what arrives.
+        concurrency: How many reads are in flight at most.
+        strict: Whether a tensor that is larger than the budget is an error.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        objects: Mapping[str, SourceObject],
+        *,
+        fetcher: Fetcher,
+        sink: Sink[Any],
+        budget: Budget,
+        handoff: Handoff,
+        recorder: Recorder,
+        verifier: Verifier,
+        concurrency: int,
+        strict: bool = False,
+    ) -> None:
+        self._plan = plan
+        self._objects = [objects[file.key] for file in plan.catalog.files]
+        self._fetcher = fetcher
+        self._sink = sink
+        self._budget = budget
+        self._handoff = handoff
+        self._recorder = recorder
+        self._verifier = verifier
+        self._strict = strict
+        self._concurrency = concurrency
+        # As long as the workers are many: each finds its next read without waiting for the dispatcher's turn.
+        self._queue: asyncio.Queue[tuple[_OpenBatch, Read] | None] = asyncio.Queue(concurrency)
+        self._open: set[_OpenBatch] = set()
+        self._active_reads = 0
+        self._untaken = 0
+        self._untaken_bytes = 0
+        self._over = False
+        self._dispatched = False
+        self._starved = False
+        self._consumer_watched = False
+        self._all_taken = asyncio.Event()
+
+    async def run(self) -> None:
+        """Read everything and wait until the consumer has taken it.
+
+        Whatever happens, when this returns or raises no task is left, and all credit that the consumer does not hold is
+        back.
+
+        Raises:
+            MemoryLimitError: The limit is strict, and smaller than a tensor.
+            BaseExceptionGroup: The TaskGroup's, the first error first.
+        """
+        if self._strict:
+            self._refuse_large()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._dispatch(group), name="dispatcher")
+                for number in range(min(self._concurrency, self._plan.reads)):
+                    group.create_task(self._work(group, f"worker {number}"), name=f"worker {number}")
+            while self._untaken:
+                self._all_taken.clear()
+                await self._all_taken.wait()
+        finally:
+            # What has failed or was cancelled is not handed out any more, finished or not.
+            self._over = True
+            self._budget.give_back(self._untaken_bytes + sum(open_batch.credit_bytes for open_batch in self._open))
+            self._open.clear()
+
+    def consumed(self, taken_bytes: int, released_bytes: int, batches: int) -> None:
+        """The consumer took batches, or moved past some; called on the engine's loop, in the order in which it did.
+
+        Args:
+            taken_bytes: Credit of the batches that it took.
+            released_bytes: Credit of the batches that it has moved past.
+            batches: How many it took.
+        """
+        if self._over:
+            return
+        if taken_bytes:
+            self._untaken_bytes -= taken_bytes
+            self._budget.taken(taken_bytes)
+        if released_bytes:
+            self._budget.release(released_bytes)
+        self._untaken -= batches
+        if self._untaken == 0:
+            self._all_taken.set()
+        self._watch_consumer()
+
+    def _refuse_large(self) -> None:
+        """With a strict limit: find the tensor that would raise it, before anything is read."""
+        for batch in self._plan.batches:
+            credit_bytes = self._sink.credit_bytes(batch)
+            if credit_bytes > self._budget.limit_bytes:
+                largest = max(batch.tensors, key=lambda tensor: tensor.nbytes)
+                raise MemoryLimitError(
+                    f"tensor {largest.name!r} needs {credit_bytes} bytes, more than "
+                    f"memory_bytes={self._budget.limit_bytes}, and strict_memory is set",
+                    object=self._plan.catalog.files[batch.file].key,
+                    start=largest.start,
+                    end=largest.end,
+                )
+
+    async def _dispatch(self, group: asyncio.TaskGroup) -> None:
+        workers = min(self._concurrency, self._plan.reads)
+        for batch in self._plan.batches:
+            credit_bytes = self._sink.credit_bytes(batch)
+            await self._acquire(batch, credit_bytes)
+            # From here to the batch's place in `_open` nothing is awaited: no cancellation can lose the credit.
+            try:
+                lease = self._sink.begin(batch, self._budget.spare_bytes)
+            except BaseException:
+                self._budget.give_back(credit_bytes)
+                raise
+            open_batch = _OpenBatch(batch, lease, credit_bytes)
+            self._open.add(open_batch)
+            if not batch.reads:
+                group.create_task(self._deliver(open_batch))
+            for read in batch.reads:
+                await self._queue.put((open_batch, read))
+        self._dispatched = True
+        for _ in range(workers):
+            await self._queue.put(None)
+        self._watch_consumer()
+
+    async def _acquire(self, batch: Batch, credit_bytes: int) -> None:
+        raised_before = self._budget.raised_bytes
+        self._starved = not self._budget.fits(credit_bytes)
+        self._watch_consumer()
+        await self._budget.acquire(credit_bytes)
+        self._starved = False
+        self._watch_consumer()
+        recorder = self._recorder
+        recorder.peak_staged_bytes = self._budget.peak_bytes
+        if self._budget.raised_bytes > raised_before:
+            recorder.raised_memory_bytes = self._budget.raised_bytes
+            file = self._plan.catalog.files[batch.file]
+            recorder.event(
+                "limit",
+                "engine",
+                recorder.now(),
+                object=file.key,
+                start=batch.tensors[0].start,
+                end=batch.tensors[-1].end,
+                nbytes=credit_bytes,
+                detail=f"more than memory_bytes={self._budget.limit_bytes}: it goes alone",
+            )
+
+    async def _work(self, group: asyncio.TaskGroup, lane: str) -> None:
+        while (item := await self._queue.get()) is not None:
+            open_batch, read = item
+            await self._read(open_batch, read, lane)
+            open_batch.pending -= 1
+            if open_batch.pending == 0:
+                # In a task of its own: a copy to the device that is still under way must not keep this worker.
+                group.create_task(self._deliver(open_batch))
+
+    async def _read(self, open_batch: _OpenBatch, read: Read, lane: str) -> None:
+        sink, recorder = self._sink, self._recorder
+        object = self._objects[open_batch.batch.file]
+        loan = await sink.lend(open_batch.lease, read)
+        started_s = recorder.now()
+        recorder.start("read")
+        self._active_reads += 1
+        try:
+            await self._fetcher.read(object, read.start, read.end, loan, lane)
+            self._verifier.add(object.key, read.start, loan.views)
+        except BaseException:
+            sink.failed(open_batch.lease, read, loan)
+            recorder.quarantined_bytes = sink.quarantined_bytes
+            raise
+        finally:
+            self._active_reads -= 1
+            recorder.stop("read")
+        recorder.reads += 1
+        recorder.fetched_bytes += read.nbytes
+        recorder.arrived_bytes += read.nbytes - read.gap_bytes
+        recorder.event("read", lane, started_s, object=object.key, start=read.start, end=read.end, nbytes=read.nbytes)
+        sink.landed(open_batch.lease, read, loan)
+
+    async def _deliver(self, open_batch: _OpenBatch) -> None:
+        delivery = await self._sink.finish(open_batch.lease)
+        batch = open_batch.batch
+        self._open.remove(open_batch)
+        self._untaken += 1
+        self._untaken_bytes += open_batch.credit_bytes
+        self._handoff.put(Finished(batch.index, delivery, len(batch.tensors), batch.nbytes, open_batch.credit_bytes))
+        self._watch_consumer()
+
+    def _watch_consumer(self) -> None:
+        """Count the time in which nothing can be read, only because finished tensors wait to be taken."""
+        idle = self._starved or (self._dispatched and self._active_reads == 0)
+        waiting = idle and self._untaken > 0
+        if waiting != self._consumer_watched:
+            self._consumer_watched = waiting
+            if waiting:
+                self._recorder.start("consumer")
+            else:
+                self._recorder.stop("consumer")

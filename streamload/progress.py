@@ -1,0 +1,153 @@
+"""Showing how far a load is, to whoever asked for it: a bar on a terminal, a log line elsewhere, or a callable."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Protocol, Self
+
+from streamload.events import OnProgress, Progress
+from streamload.report import Recorder
+from streamload.units import format_bytes, format_seconds
+
+__all__ = ["watch"]
+
+_logger = logging.getLogger("streamload.progress")
+
+# A bar that moves ten times a second looks alive; a log line every five seconds tells a person enough.
+_BAR_INTERVAL_S = 0.1
+_LOG_INTERVAL_S = 5.0
+
+
+def watch(progress: bool | OnProgress, recorder: Recorder) -> Watch:
+    """An async context manager that shows progress for as long as its block runs.
+
+    Args:
+        progress: As the option of that name.
+        recorder: Says how far the load is.
+    """
+    if not progress:
+        return Watch(recorder, None, 0.0)
+    if callable(progress):
+        return Watch(recorder, _Callback(progress), _BAR_INTERVAL_S)
+    if sys.stderr.isatty():
+        return Watch(recorder, _Bar(recorder.uri), _BAR_INTERVAL_S)
+    return Watch(recorder, _LogLine(recorder.uri), _LOG_INTERVAL_S)
+
+
+class _Display(Protocol):
+    def show(self, progress: Progress) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Watch:
+    """Shows a recorder's progress at intervals, on a task of its own."""
+
+    def __init__(self, recorder: Recorder, display: _Display | None, interval_s: float) -> None:
+        self._recorder = recorder
+        self._display = display
+        self._interval_s = interval_s
+        self._task: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        if self._display is not None:
+            self._task = asyncio.create_task(self._tick(self._display), name="progress")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is None or self._display is None:
+            return
+        self._stop.set()
+        await asyncio.wait([self._task])
+        if kind is None:
+            self._show(self._display)
+        self._display.close()
+
+    async def _tick(self, display: _Display) -> None:
+        while not self._stop.is_set() and self._show(display):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._interval_s):
+                    await self._stop.wait()
+
+    def _show(self, display: _Display) -> bool:
+        try:
+            display.show(self._recorder.progress())
+        except Exception:
+            # A load does not die of its spectators.
+            _logger.exception("showing progress failed; it is not shown any more")
+            return False
+        return True
+
+
+class _Callback:
+    def __init__(self, call: Callable[[Progress], None]) -> None:
+        self.show = call
+
+    def close(self) -> None:
+        pass
+
+
+class _Bar:
+    """A bar on stderr, drawn by rich."""
+
+    def __init__(self, uri: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TextColumn("{task.fields[tensors]}", markup=False),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            auto_refresh=False,
+        )
+        self._task = self._bar.add_task(uri, total=None, tensors="")
+        self._bar.start()
+
+    def show(self, progress: Progress) -> None:
+        self._bar.update(
+            self._task,
+            completed=progress.read_bytes,
+            total=progress.total_bytes or None,
+            tensors=f"{progress.taken_tensors}/{progress.total_tensors} tensors" if progress.total_tensors else "",
+            refresh=True,
+        )
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _LogLine:
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    def show(self, progress: Progress) -> None:
+        if not progress.total_bytes:
+            _logger.info("%s: reading headers, %s so far", self._uri, format_seconds(progress.seconds))
+            return
+        _logger.info(
+            "%s: %s of %s (%d%%), %d of %d tensors taken, %s so far, %.2f GB/s",
+            self._uri,
+            format_bytes(progress.read_bytes),
+            format_bytes(progress.total_bytes),
+            100 * progress.read_bytes // progress.total_bytes,
+            progress.taken_tensors,
+            progress.total_tensors,
+            format_seconds(progress.seconds),
+            progress.read_bytes / progress.seconds / 1e9,
+        )
+
+    def close(self) -> None:
+        pass

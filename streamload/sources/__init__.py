@@ -1,0 +1,66 @@
+"""Where do bytes come from? From folders, S3, or what another package brings, all behind `Source`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeAlias
+
+from streamload.errors import MissingDependencyError, OptionError
+from streamload.sources.base import Source, SourceObject
+from streamload.uris import scheme_of
+
+__all__ = ["Source", "SourceObject", "open_source"]
+
+#: Makes a source out of a URI and a keyword argument ``concurrency``: the class itself, usually.
+SourceFactory: TypeAlias = Callable[..., Any]
+
+# Module and class; the modules are imported when a URI asks for them.
+_BUILT_IN = {
+    "file": ("streamload.sources.local", "LocalSource"),
+    "s3": ("streamload.sources.s3", "S3Source"),
+}
+
+# Another package serves a scheme by naming a factory under it, in this group of entry points.
+_GROUP = "streamload.sources"
+
+
+def open_source(uri: str, *, concurrency: int | None = None) -> Source:
+    """Make the source that a URI asks for. Nothing is opened or requested yet.
+
+    Args:
+        uri: A path, or a URI with one of the known schemes.
+        concurrency: How many reads should be possible at once; by default, the source's own number.
+
+    Returns:
+        A source that has not been entered.
+
+    Raises:
+        OptionError: Nothing serves the URI's scheme, or the URI makes no sense to what does.
+        MissingDependencyError: What serves it cannot be imported.
+    """
+    scheme = scheme_of(uri)
+    built_in = _BUILT_IN.get(scheme)
+    if built_in is not None:
+        module, name = built_in
+        factory: SourceFactory = getattr(import_module(module), name)
+    else:
+        factory = _load(scheme, uri)
+    source = factory(uri, concurrency=concurrency)
+    if not isinstance(source, Source):
+        raise OptionError(f"what serves {scheme}:// made a {type(source).__name__}, not a Source", uri=uri)
+    return source
+
+
+def _load(scheme: str, uri: str) -> SourceFactory:
+    others: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=_GROUP)}
+    point = others.get(scheme)
+    if point is None:
+        known = ", ".join(sorted({*_BUILT_IN, *others}))
+        raise OptionError(f"nothing serves the scheme {scheme!r}; known are: {known}", uri=uri)
+    try:
+        factory: SourceFactory = point.load()
+    except (ImportError, AttributeError) as error:
+        raise MissingDependencyError(f"{point.value}, which serves {scheme}://, is broken: {error}", uri=uri) from error
+    return factory

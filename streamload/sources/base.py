@@ -1,0 +1,123 @@
+"""What a source is: something that lists objects and reads byte ranges of them into lent memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import ClassVar, Self
+
+from streamload.checksums import Checksum
+from streamload.loan import Loan
+
+__all__ = ["Source", "SourceObject"]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceObject:
+    """One object under a source's URI, at one version.
+
+    Attributes:
+        key: Its name relative to the source's root, with ``/`` between parts: ``model-00001-of-00002.safetensors``.
+        size_bytes: Its length.
+        version: What pins its content: an ETag, a version id, or modification time, size and inode of a file.
+    """
+
+    key: str
+    size_bytes: int
+    version: str
+
+
+class Source(ABC):
+    """Where a checkpoint's bytes come from: one URI, opened on the event loop that reads.
+
+    A source is an async context manager. It is entered and used on one event loop; entering makes no request. Its
+    methods may be awaited concurrently, and each may be cancelled at any moment. Errors are translated here, once: only
+    `streamload.errors` leaves a source, located by the source with at least the object's key.
+
+    Attributes:
+        uri: The URI as the caller gave it, without credentials.
+        scheme: The first scheme that this source serves, for reports.
+        request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
+        read_bytes: How large a read should be where the caller says nothing.
+        concurrency: How many reads should be in flight where the caller says nothing.
+        requests: How many requests (or system calls that read) have been sent so far.
+    """
+
+    scheme: ClassVar[str]
+    request_cost_bytes: ClassVar[int]
+    read_bytes: ClassVar[int]
+    concurrency: ClassVar[int]
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.requests = 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @abstractmethod
+    async def list(self) -> list[SourceObject]:
+        """List the objects directly under the URI (not in deeper folders), or the one object that it names.
+
+        Returns:
+            The objects in order of their keys; never empty.
+
+        Raises:
+            NotFoundError: There is no such place, or nothing is in it.
+            AccessError: Listing is refused.
+        """
+
+    @abstractmethod
+    async def stat(self, key: str) -> SourceObject:
+        """Find one object under the root, in a deeper folder perhaps.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+
+    @abstractmethod
+    async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
+        """Fill `loan` with bytes `start` up to, not including, `end` of `object` at its pinned version.
+
+        Returns or raises (CancelledError included) only when nothing can write into the loan any more; where that
+        cannot be had in time it calls ``loan.quarantine()`` first.
+
+        Args:
+            object: As `list` or `stat` returned it.
+            start: First byte.
+            end: One past the last byte; ``end - start == loan.nbytes``. An empty range returns at once.
+            loan: The memory to fill.
+
+        Raises:
+            ObjectChangedError: The object is not the version that `object` pins.
+            TransientError: Worth another try; ``valid_bytes`` says how many leading bytes are in place.
+            SourceError: Anything else, a range past the object's end included.
+        """
+
+    async def describe(self) -> dict[str, str]:
+        """What a person needs to know who asks why this source is slow or refuses: a name and a value each.
+
+        May make a request; what goes wrong with it is told in the values, not raised. Never holds a credential.
+
+        Raises:
+            ClosedError: The source was closed.
+        """
+        return {}
+
+    async def checksum(self, object: SourceObject) -> Checksum | None:
+        """What the store keeps as the checksum of the whole object, at its pinned version; None where it keeps none.
+
+        Raises:
+            SourceError: It cannot be had.
+        """
+        return None
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """End everything that the source started: connections, threads, open files. May be called twice."""

@@ -1,0 +1,165 @@
+"""Positional reads of a file into views: what runs on a reader thread."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+from streamload.errors import ObjectChangedError, TruncatedReadError
+
+__all__ = ["OpenFile", "ReadJob", "version_of"]
+
+# Linux refuses more views in one call (IOV_MAX in limits.h).
+_MAX_VIEWS = 1024
+
+# A cancelled read waits for the call that is under way, so one call must be short: 40 ms on a disk of 100 MB/s. From
+# the page cache, where a call takes half a millisecond, what Python adds to it does not show.
+_MAX_CALL_BYTES = 4 << 20
+
+# Without O_NONBLOCK, opening what has become a FIFO since it was listed would wait for a writer; files ignore it.
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def version_of(status: os.stat_result) -> str:
+    """What pins a file's content: its modification time, size and inode."""
+    return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+
+
+class OpenFile:
+    """One version of a file, its descriptor shared by the threads that read it.
+
+    The first reader opens it, and it stays open until `close`, or until the last reader has left after that: a
+    descriptor closed under a reader that hangs would soon name another file.
+
+    Args:
+        path: The file.
+        version: What `version_of` gave when it was first seen.
+    """
+
+    def __init__(self, path: str, version: str) -> None:
+        self._path = path
+        self._version = version
+        self._lock = threading.Lock()  # held for bookkeeping only, never in a call that could hang
+        self._fd: int | None = None
+        self._readers = 0
+        self._closing = False
+
+    def borrow(self) -> int:
+        """The descriptor, the file opened if it was not. Each call that returns is paired with one of `give_back`.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        with self._lock:
+            if self._fd is not None:
+                self._readers += 1
+                return self._fd
+        # Two threads may get here at once, and the second must not wait for a first that hangs.
+        fd = os.open(self._path, _OPEN_FLAGS)
+        with self._lock:
+            self._readers += 1
+            if self._fd is None:
+                self._fd = fd
+                return fd
+            first = self._fd
+        os.close(fd)
+        return first
+
+    def give_back(self) -> None:
+        """Say that a reader has left."""
+        with self._lock:
+            self._readers -= 1
+            self._close_if_unused()
+
+    def close(self) -> None:
+        """Close the descriptor as soon as nobody reads from it."""
+        with self._lock:
+            self._closing = True
+            self._close_if_unused()
+
+    def check(self, fd: int) -> None:
+        """Raise ObjectChangedError unless the open file is still the version first seen."""
+        found = version_of(os.fstat(fd))
+        if found != self._version:
+            raise ObjectChangedError(
+                f"the file has changed: its modification time, size and inode were {self._version}, they are {found}"
+            )
+
+    def _close_if_unused(self) -> None:
+        if self._closing and not self._readers and self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+class ReadJob:
+    """One read: fills views, in order, from a file.
+
+    Attributes:
+        stop: Set by the loop's thread to end the read between two calls.
+        filled: How many bytes are in place.
+        calls: How many times the kernel was asked to read.
+    """
+
+    __slots__ = ("_file", "_offset", "_views", "calls", "filled", "stop")
+
+    def __init__(self, file: OpenFile, views: Sequence[memoryview], offset: int) -> None:
+        self._file = file
+        self._views = views
+        self._offset = offset
+        self.stop = False
+        self.filled = 0
+        self.calls = 0
+
+    def run(self) -> OSError | None:
+        """Read. Returns what went wrong, so that nobody need be there to catch it when the reader has left."""
+        try:
+            fd = self._file.borrow()
+        except OSError as error:
+            return error
+        try:
+            self._file.check(fd)
+            complete = self._fill(fd)
+            self._file.check(fd)
+        except OSError as error:
+            return error
+        finally:
+            self._file.give_back()
+        if not complete and not self.stop:
+            return TruncatedReadError("the file ended before its size said so", valid_bytes=self.filled)
+        return None
+
+    def _fill(self, fd: int) -> bool:
+        """Fill the views; False where it was stopped, or the file ended."""
+        views = self._views
+        first = 0  # the first view that is not full
+        inside = 0  # how much of it is
+        while first < len(views):
+            if self.stop:
+                return False
+            batch = _batch(views, first, inside)
+            got = os.preadv(fd, batch, self._offset + self.filled)
+            self.calls += 1
+            if not got:
+                return False
+            self.filled += got
+            inside += got
+            while first < len(views) and inside >= views[first].nbytes:
+                inside -= views[first].nbytes
+                first += 1
+        return True
+
+
+def _batch(views: Sequence[memoryview], first: int, inside: int) -> list[memoryview]:
+    """The views for one call: from a byte inside the first of them on, within the bounds of a call."""
+    room = _MAX_CALL_BYTES
+    batch: list[memoryview] = []
+    for index in range(first, min(len(views), first + _MAX_VIEWS)):
+        view = views[index][inside:] if inside else views[index]
+        inside = 0
+        if view.nbytes >= room:
+            batch.append(view[:room])
+            break
+        batch.append(view)
+        room -= view.nbytes
+    return batch

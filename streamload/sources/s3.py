@@ -1,0 +1,240 @@
+"""Objects in S3, and in what speaks its protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from streamload.errors import (
+    CredentialsError,
+    NotFoundError,
+    ObjectChangedError,
+    OptionError,
+    SourceError,
+    TransientError,
+    TruncatedReadError,
+)
+from streamload.loan import Loan
+from streamload.sources.base import Source, SourceObject
+from streamload.sources.keys import check_key
+from streamload.sources.operations import Operations
+from streamload.sources.writer import ViewWriter
+from streamload.uris import scrub_uri
+
+if TYPE_CHECKING:
+    from streamload.sources.s3_client import S3Client
+
+__all__ = ["S3Source"]
+
+# A listing of so many objects is not a checkpoint's, and would take a minute: 1000 come with each page.
+_MAX_PAGES = 100
+
+# Connections beyond those that read: for listing, and for a read that begins while another one's connection is closing.
+_SPARE_CONNECTIONS = 4
+
+# The most that is taken from the connection's buffer at once. aiohttp stops reading the socket when it holds 128 KiB,
+# so this takes all there is; where that is one piece, as when we keep up, it is handed over without being joined.
+_MAX_PIECE_BYTES = 1 << 20
+
+
+class S3Source(Source):
+    """The objects directly under ``s3://bucket/prefix``, or one, ``s3://bucket/folder/name.safetensors``.
+
+    A prefix means a folder, with a slash at its end or without. Endpoint, region, addressing style and credentials are
+    found as by all AWS tools: environment, profile, container, instance role; credentials that expire are refreshed.
+    Every read is of one ETag, sent as ``If-Match`` and compared with the answer's.
+
+    A read that ends early, by an error or cancelled, closes its connection: the rest of its body would come first.
+
+    Args:
+        uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it.
+        concurrency: How many reads should be possible at once; by default, the class's `concurrency`.
+        connect_timeout_s: How long making a connection may take: two lost packets are mended after 3 s.
+        read_timeout_s: How long a connection may be silent. S3 sends the first byte within a second nearly always; a
+            store that fetches from a slower one takes longer.
+
+    Raises:
+        OptionError: The URI names no bucket.
+    """
+
+    scheme: ClassVar[str] = "s3"
+    # What one connection brings (about 90 MB/s) in half the time that a request waits for its first byte (about 25 ms).
+    # Only half: where the link, not the waiting, is the limit, what is read through is paid in full.
+    request_cost_bytes: ClassVar[int] = 1 << 20
+    # S3's own advice is ranges of 8 to 16 MB; the smaller ones share the work out more evenly and retry less.
+    read_bytes: ClassVar[int] = 8 << 20
+    # At about 90 MB/s a connection, what a link of 10 Gbit/s takes; 128 MiB in flight.
+    concurrency: ClassVar[int] = 16
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        concurrency: int | None = None,
+        connect_timeout_s: float = 5.0,
+        read_timeout_s: float = 20.0,
+    ) -> None:
+        super().__init__(scrub_uri(uri))
+        self._place = _place_of(uri)
+        self._connections = (self.concurrency if concurrency is None else concurrency) + _SPARE_CONNECTIONS
+        self._connect_timeout_s = connect_timeout_s
+        self._read_timeout_s = read_timeout_s
+        self._operations = Operations()
+        self._client: S3Client | None = None
+        self._opening = asyncio.Lock()
+
+    async def list(self) -> list[SourceObject]:
+        if self._place.name is not None:
+            return [await self.stat(self._place.name)]
+        async with self._operations.running():
+            try:
+                objects = await self._list_folder(await self._open())
+            except SourceError as error:
+                raise error.locate(uri=self.uri) from None
+        if not objects:
+            raise NotFoundError("there are no objects under this prefix", uri=self.uri)
+        return sorted(objects, key=lambda object: object.key)
+
+    async def stat(self, key: str) -> SourceObject:
+        check_key(key, uri=self.uri)
+        async with self._operations.running():
+            try:
+                client = await self._open()
+                answer = await client.head(self._place.prefix + key)
+                return _object(key, answer.get("ContentLength"), answer.get("ETag"))
+            except SourceError as error:
+                raise error.locate(uri=self.uri, object=key) from None
+
+    async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
+        if start == end:
+            return
+        check_key(object.key, uri=self.uri)
+        async with self._operations.running():
+            writer = ViewWriter(loan.views)
+            try:
+                if not 0 <= start < end <= object.size_bytes:
+                    raise SourceError(f"the object has {object.size_bytes} bytes")
+                await self._fetch(await self._open(), object, start, end, writer)
+            except SourceError as error:
+                if isinstance(error, TransientError):
+                    error.valid_bytes = writer.filled
+                raise error.locate(uri=self.uri, object=object.key, start=start, end=end) from None
+
+    async def describe(self) -> dict[str, str]:
+        async with self._operations.running():
+            try:
+                client = await self._open()
+            except CredentialsError as error:
+                return {"credentials": f"none: {error.cause}"}
+            except SourceError as error:
+                return {"answer": f"none: {error.cause}"}
+            return await client.describe(self._place.prefix)
+
+    async def aclose(self) -> None:
+        try:
+            await self._operations.close()
+        finally:
+            client, self._client = self._client, None
+            if client is not None:
+                await client.aclose()
+
+    async def _open(self) -> S3Client:
+        """The client, made by the first operation that needs it."""
+        if self._client is None:
+            async with self._opening:
+                if self._client is None:
+                    # Only here: importing botocore and aiohttp takes as long as a small load.
+                    from streamload.sources.s3_client import S3Client
+
+                    self._client = await S3Client.open(
+                        self._place.bucket,
+                        connections=self._connections,
+                        connect_timeout_s=self._connect_timeout_s,
+                        read_timeout_s=self._read_timeout_s,
+                        count=self._count,
+                    )
+        return self._client
+
+    def _count(self) -> None:
+        self.requests += 1
+
+    async def _list_folder(self, client: S3Client) -> Sequence[SourceObject]:
+        prefix = self._place.prefix
+        objects: list[SourceObject] = []
+        more: dict[str, str] = {}
+        for _ in range(_MAX_PAGES):
+            page = await client.call("list_objects_v2", Prefix=prefix, Delimiter="/", **more)
+            for entry in page.get("Contents", ()):
+                key = entry["Key"].removeprefix(prefix)
+                # Consoles mark a folder with an empty object that is called as the folder is.
+                if key and not key.endswith("/"):
+                    objects.append(_object(key, entry.get("Size"), entry.get("ETag")))
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or not token:
+                return objects
+            more = {"ContinuationToken": token}
+        raise SourceError(f"there are more than {len(objects)} objects under this prefix: this is no checkpoint")
+
+    async def _fetch(self, client: S3Client, object: SourceObject, start: int, end: int, writer: ViewWriter) -> None:
+        answer = await client.call(
+            "get_object",
+            version=object.version,
+            Key=self._place.prefix + object.key,
+            Range=f"bytes={start}-{end - 1}",
+            IfMatch=object.version,
+        )
+        body = answer["Body"]
+        try:
+            _check_answer(answer, object, start, end)
+            with client.translating():
+                # To the end of the body, not of the range: only then does the connection return to the pool.
+                while piece := await body.read(_MAX_PIECE_BYTES):
+                    if writer.write(piece):
+                        raise SourceError(f"{client.host} sent more bytes than were asked for")
+        finally:
+            # A connection whose body was read to its end is in the pool by now, and this does nothing.
+            body.close()
+        if writer.filled < end - start:
+            raise TruncatedReadError(f"{client.host} sent {writer.filled} of {end - start} bytes")
+
+
+class _Place(NamedTuple):
+    bucket: str
+    prefix: str  # empty, or with a slash at its end
+    name: str | None  # of the one object that the URI names
+
+
+def _place_of(uri: str) -> _Place:
+    bucket, _, path = uri.partition("://")[2].partition("/")
+    if not bucket or "@" in bucket:
+        raise OptionError("an S3 URI is s3://bucket, s3://bucket/prefix or s3://bucket/key.safetensors", uri=uri)
+    if path.endswith(".safetensors"):
+        folder, slash, name = path.rpartition("/")
+        return _Place(bucket, folder + slash, name)
+    return _Place(bucket, path if path.endswith("/") or not path else f"{path}/", None)
+
+
+def _object(key: str, size_bytes: int | None, tag: str | None) -> SourceObject:
+    if size_bytes is None or not tag:
+        raise SourceError("the server tells no size or no ETag, so no version can be pinned", object=key)
+    return SourceObject(key, size_bytes, tag)
+
+
+def _check_answer(answer: dict[str, Any], object: SourceObject, start: int, end: int) -> None:
+    """Refuse an answer that is not exactly the range that was asked for, of the version that was."""
+    tag = answer.get("ETag")
+    if not tag:
+        raise SourceError("the answer has no ETag, so its version is not known")
+    # Some servers quote the tag in one kind of answer and not in another.
+    if tag.strip('"') != object.version.strip('"'):
+        raise ObjectChangedError(f"the object is now version {tag}; the one seen first was {object.version}")
+    status = answer["ResponseMetadata"]["HTTPStatusCode"]
+    if status == 206:
+        asked = f"bytes {start}-{end - 1}/"
+        if answer.get("ContentRange") not in {f"{asked}{object.size_bytes}", f"{asked}*"}:
+            raise SourceError(f"asked for {asked}{object.size_bytes}, the answer has {answer.get('ContentRange')}")
+    elif status != 200:
+        raise SourceError(f"the server answered {status} to a range request")
+    elif (start, end) != (0, object.size_bytes):
+        raise SourceError("the server ignores ranges: it answered 200 with the whole object")

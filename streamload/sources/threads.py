@@ -1,0 +1,126 @@
+"""Daemon threads that make blocking calls for an event loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, ParamSpec, TypeVar
+
+__all__ = ["DaemonExecutor"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_Job = tuple[Future[Any], Callable[[], Any]]
+
+
+class DaemonExecutor(Executor):
+    """Runs calls on a fixed number of daemon threads, in the order in which they were submitted.
+
+    The standard pool joins its threads when the interpreter exits, so one read from a mount that hangs keeps the whole
+    process alive. These threads are daemons: they end at `shutdown`, or with the process if the kernel holds them.
+
+    Args:
+        max_workers: How many threads there may be. Each submission starts another one until there are so many.
+        name: What their names begin with.
+        join_s: How long `shutdown` waits for them where it is asked to wait, in seconds.
+    """
+
+    def __init__(self, max_workers: int, *, name: str = "streamload-read", join_s: float = 5.0) -> None:
+        if max_workers < 1:
+            raise ValueError(f"max_workers is {max_workers}, it must be at least 1")
+        self._max_workers = max_workers
+        self._name = name
+        self._join_s = join_s
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._working = 0
+        self._shut_down = False
+        #: Done once `shutdown` was called and the last thread has run out; what an event loop can wait for.
+        self.ended: Future[None] = Future()
+        self.ended.set_running_or_notify_cancel()  # one who waits and gives up must not cancel it for all
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queue a call; see `concurrent.futures.Executor.submit`."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._shut_down:
+                raise RuntimeError("the executor was shut down")
+            self._jobs.put((future, partial(fn, *args, **kwargs)))
+            if len(self._threads) < self._max_workers:
+                name = f"{self._name}-{len(self._threads)}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                self._threads.append(thread)
+                self._working += 1
+                thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls and let the threads end once the queue is empty.
+
+        Args:
+            wait: Wait for the threads, for at most `join_s`. `join` tells whether they have ended.
+            cancel_futures: Empty the queue first; what was in it never runs.
+        """
+        with self._lock:
+            if cancel_futures:
+                self._cancel_queued()
+            if not self._shut_down:
+                self._shut_down = True
+                for _ in self._threads:
+                    self._jobs.put(None)
+                if not self._threads:
+                    self.ended.set_result(None)
+        if wait:
+            self.join(self._join_s)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the threads to end, for at most so many seconds. Returns whether all of them have."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _cancel_queued(self) -> None:
+        stops = 0
+        while True:
+            try:
+                job = self._jobs.get_nowait()
+            except Empty:
+                break
+            if job is None:
+                stops += 1
+            else:
+                job[0].cancel()
+        # A second shutdown meets what the first one put in to stop the threads.
+        for _ in range(stops):
+            self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            _run(*job)
+            # A finished job holds its arguments, and through them memory that was lent for one read only.
+            del job
+        with self._lock:
+            self._working -= 1
+            last = not self._working
+        if last:
+            self.ended.set_result(None)
+
+
+def _run(future: Future[Any], call: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = call()
+    except BaseException as error:
+        future.set_exception(error)
+        # The error's traceback holds this frame: without this the two would keep each other alive.
+        del future, call
+    else:
+        future.set_result(result)

@@ -6,13 +6,17 @@ combines them.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["Algorithm", "Checksum", "PartialChecksum"]
+__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartialChecksum"]
 
 Algorithm: TypeAlias = Literal["CRC64NVME", "CRC32C", "CRC32"]
+
+ALGORITHMS: tuple[Algorithm, ...] = ("CRC64NVME", "CRC32C", "CRC32")
+"""Those whose parts can be combined, the strongest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +31,17 @@ class Checksum:
     algorithm: Algorithm
     value: int
 
+    @classmethod
+    def from_base64(cls, algorithm: Algorithm, text: str) -> Checksum | None:
+        """As S3 writes it: the number's bytes, the highest first, in base64. None where the text is no such thing."""
+        try:
+            value = base64.b64decode(text, validate=True)
+        except ValueError:
+            return None
+        return cls(algorithm, int.from_bytes(value, "big")) if len(value) == _nbytes(algorithm) else None
+
     def __str__(self) -> str:
-        digits = 16 if self.algorithm == "CRC64NVME" else 8
-        return f"{self.algorithm} {self.value:0{digits}x}"
+        return f"{self.algorithm} {self.value:0{2 * _nbytes(self.algorithm)}x}"
 
 
 class PartialChecksum:
@@ -81,6 +93,10 @@ class PartialChecksum:
 
 
 # awscrt is imported where it is used: it takes 70 ms, which `import streamload` should not.
+
+
+def _nbytes(algorithm: Algorithm) -> int:
+    return 8 if algorithm == "CRC64NVME" else 4
 
 
 def _update(algorithm: Algorithm) -> Callable[[memoryview | bytes | bytearray, int], int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import NoReturn
 
-__all__ = ["MAX_DEPTH", "InvalidJson", "RepeatingObject", "decode_object", "read_object"]
+__all__ = ["MAX_DEPTH", "InvalidJson", "Pairs", "RepeatingObject", "decode_object", "read_object"]
 
 MAX_DEPTH = 127
 """How deep arrays and objects may nest: what serde_json, and with it the reference implementation, accepts."""
@@ -65,7 +65,8 @@ def decode_object(raw: bytes | bytearray, *, make_object: Callable[[Pairs], obje
     ``Infinity``, numbers too large for a double, lone surrogates, and nesting deeper than `MAX_DEPTH`. Integers
     that fit into 64 bits are `int`; all other numbers, ``-0`` among them, are `float`.
 
-    Time and memory grow with the length of `raw` only: the nesting is measured before anything is built.
+    Time and memory grow with the length of `raw` only: the nesting is measured before anything is built, and what is
+    built takes some 25 bytes for each byte at worst (arrays full of empty arrays).
 
     Args:
         raw: The document; whitespace around it is allowed.

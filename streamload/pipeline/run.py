@@ -117,6 +117,8 @@ class Pipeline:
             # What has failed or was cancelled is not handed out any more, finished or not.
             self._over = True
             self._budget.give_back(self._untaken_bytes + sum(open_batch.credit_bytes for open_batch in self._open))
+            for open_batch in self._open:
+                self._sink.abandon(open_batch.lease)
             self._open.clear()
 
     def consumed(self, taken_bytes: int, released_bytes: int, batches: int) -> None:

@@ -98,6 +98,14 @@ class Sink(ABC, Generic[LeaseT]):
     async def finish(self, lease: LeaseT) -> Delivery:
         """Wait until everything that landed is in its place."""
 
+    @abstractmethod
+    def abandon(self, lease: LeaseT) -> None:
+        """Give back a lease that will not be finished, and of which no loan is out.
+
+        Dropping it is not enough: an error's traceback keeps what its frames knew for as long as somebody keeps the
+        error.
+        """
+
     @property
     @abstractmethod
     def quarantined_bytes(self) -> int:

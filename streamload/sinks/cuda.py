@@ -65,10 +65,11 @@ class CudaLease(Lease):
 class _Copy:
     """What one read brought, on its way to the device. It keeps both ends of the way alive."""
 
-    __slots__ = ("completion", "ended", "lease", "loan", "queued", "read", "slot")
+    __slots__ = ("blocks", "completion", "ended", "lease", "loan", "queued", "read", "slot")
 
     def __init__(self, lease: CudaLease, read: Read, loan: Loan, slot: Slot, completion: Completion) -> None:
         self.lease = lease
+        self.blocks = lease.blocks  # which the lease, once abandoned, has no more
         self.read = read
         self.loan = loan
         self.slot = slot
@@ -209,6 +210,10 @@ class CudaSink(Sink[CudaLease]):
     def failed(self, lease: CudaLease, read: Read, loan: Loan) -> None:
         self._take_back(loan, self._lent.pop(loan))
 
+    def abandon(self, lease: CudaLease) -> None:
+        # Not cleared: copies that are under way go by the same dict.
+        lease.blocks = {}
+
     async def finish(self, lease: CudaLease) -> CudaDelivery:
         self._finishing.add(lease)
         try:
@@ -296,7 +301,6 @@ class CudaSink(Sink[CudaLease]):
             self._error = error
             if self._staging is not None:
                 self._staging.fail(error)
-        self._registered.set()
         for lease in self._finishing:
             lease.changed.set()
 
@@ -308,7 +312,7 @@ class CudaSink(Sink[CudaLease]):
     # What follows runs on the waiting thread.
 
     def _register(self) -> None:
-        # Here, and not on the event loop, since it takes a second for each few gigabytes.
+        # Here, and not on the event loop: every page is found, cleared and pinned before it returns.
         assert self._staging is not None
         self.page_locked = self._device.register(self._staging.memory)
 
@@ -317,7 +321,7 @@ class CudaSink(Sink[CudaLease]):
             copy.completion.wait()
         except BaseException:
             # The device may still do anything with either end.
-            keep(copy.slot.memory, copy.lease.blocks)
+            keep(copy.slot.memory, copy.blocks)
             self._copy_failed = True
             raise
         copy.ended = time.perf_counter()

@@ -250,10 +250,10 @@ def _find(name: str) -> int:
     if match is None:
         raise DeviceError(f"device {name!r} is neither cuda nor cuda:N")
     if torch.version.cuda is None and torch.version.hip is None:
-        raise DeviceError(f"no CUDA device: torch {torch.__version__} was built without CUDA")
+        raise DeviceError(f"no device {name!r}: torch {torch.__version__} was built without CUDA")
     count = cuda.device_count()
     if count == 0:
-        raise DeviceError(f"no CUDA device: {_why_none()}")
+        raise DeviceError(f"no device {name!r}: {_why_none()}")
     index = cuda.current_device() if match["index"] is None else int(match["index"])
     if index >= count:
         there = ", ".join(f"cuda:{number} ({cuda.get_device_name(number)})" for number in range(count))

@@ -48,9 +48,10 @@ class HostLease(Lease):
     def views(self, read: Read) -> list[memoryview]:
         """The memory for one read, in the order of its bytes."""
         if len(self.batch.reads) > 1:
-            # Several reads mean a single large tensor.
-            ((_, start, _, nbytes),) = read.pieces
-            return [self.regions[read.pieces[0].tensor][start : start + nbytes]]
+            # Several reads mean a single tensor with bytes.
+            ((place, start, _, nbytes),) = read.pieces
+            self.shared_starts[place] = 0
+            return [self.regions.get(place, self.shared)[start : start + nbytes]]
         views: list[memoryview] = []
         shared_start = shared_end = 0  # the run of small tensors and gaps that is not yet in `views`
         position = 0
@@ -129,6 +130,10 @@ class HostSink(Sink[HostLease]):
             kept = [lease.shared, *lease.regions.values()]
             _QUARANTINED.extend(kept)
             self._quarantined_bytes += sum(view.nbytes for view in kept)
+
+    def abandon(self, lease: HostLease) -> None:
+        lease.regions.clear()
+        lease.shared = memoryview(b"")
 
     async def finish(self, lease: HostLease) -> HostDelivery:
         return HostDelivery(lease)

@@ -110,6 +110,7 @@ class HostPool:
         """Give all unused memory back. Regions still in use stay valid, and go back to the system one by one."""
         self._returned.close()
         self.trim(0)
+        self._arenas.clear()
 
     def _find(self, size: int) -> tuple[_Arena, int]:
         for arena in self._arenas:

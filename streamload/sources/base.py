@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 
 from streamload.checksums import Checksum
 from streamload.loan import Loan
+from streamload.uris import scrub_uri
 
 __all__ = ["Source", "SourceObject"]
 
@@ -50,7 +51,7 @@ class Source(ABC):
     concurrency: ClassVar[int]
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = scrub_uri(uri)
         self.requests = 0
 
     async def __aenter__(self) -> Self:

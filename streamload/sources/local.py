@@ -56,9 +56,10 @@ class LocalSource(Source):
     """
 
     scheme: ClassVar[str] = "file"
-    # What asking costs, in bytes: a read takes about 10 µs of bookkeeping, in which 64 KiB come out of the page cache.
+    # Asking takes about 100 µs (two thread switches and their bookkeeping), in which a disk of 1 GB/s brings 100 KB;
+    # rounded down, because what is read through also takes room in the page cache.
     request_cost_bytes: ClassVar[int] = 64 << 10
-    # Long enough that a read's fixed cost (about 100 µs with the two thread switches) is below a tenth of its time.
+    # Long enough that these 100 µs are below a tenth of a read's time, even out of the page cache.
     read_bytes: ClassVar[int] = 8 << 20
     # Two threads are as fast as the memory where files are cached; the other two keep a disk's queue filled.
     concurrency: ClassVar[int] = 4

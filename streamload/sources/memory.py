@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from streamload.checksums import Checksum, PartialChecksum
-from streamload.errors import NotFoundError, ObjectChangedError, SourceError
+from streamload.errors import ClosedError, NotFoundError, ObjectChangedError, SourceError
 from streamload.loan import Loan
 from streamload.sources.base import Source, SourceObject
 
@@ -34,23 +34,20 @@ class MemorySource(Source):
         self.closed = False
 
     async def list(self) -> list[SourceObject]:
-        self.requests += 1
-        await asyncio.sleep(0)
+        await self._turn()
         found = [self._describe(key) for key in sorted(self.objects) if "/" not in key]
         if not found:
             raise NotFoundError("nothing is there", uri=self.uri)
         return found
 
     async def stat(self, key: str) -> SourceObject:
-        self.requests += 1
-        await asyncio.sleep(0)
+        await self._turn()
         return self._describe(key)
 
     async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         if start == end:
             return
-        self.requests += 1
-        await asyncio.sleep(0)
+        await self._turn()
         if self._describe(object.key).version != object.version:
             raise ObjectChangedError("the object has changed since the load began", object=object.key)
         if not 0 <= start <= end <= object.size_bytes:
@@ -61,14 +58,20 @@ class MemorySource(Source):
             start += view.nbytes
 
     async def checksum(self, object: SourceObject) -> Checksum | None:
-        self.requests += 1
-        await asyncio.sleep(0)
+        await self._turn()
         whole = PartialChecksum("CRC64NVME", object.size_bytes)
         whole.add(0, [self.objects[object.key]])
         return whole.result()
 
     async def aclose(self) -> None:
         self.closed = True
+
+    async def _turn(self) -> None:
+        """What every request does: count, and let others run."""
+        if self.closed:
+            raise ClosedError("the source is closed", uri=self.uri)
+        self.requests += 1
+        await asyncio.sleep(0)
 
     def _describe(self, key: str) -> SourceObject:
         try:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from streamload.checksums import ALGORITHMS, Checksum
 from streamload.errors import (
     CredentialsError,
     NotFoundError,
@@ -20,7 +21,6 @@ from streamload.sources.base import Source, SourceObject
 from streamload.sources.keys import check_key
 from streamload.sources.operations import Operations
 from streamload.sources.writer import ViewWriter
-from streamload.uris import scrub_uri
 
 if TYPE_CHECKING:
     from streamload.sources.s3_client import S3Client
@@ -75,7 +75,7 @@ class S3Source(Source):
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 20.0,
     ) -> None:
-        super().__init__(scrub_uri(uri))
+        super().__init__(uri)
         self._place = _place_of(uri)
         self._connections = (self.concurrency if concurrency is None else concurrency) + _SPARE_CONNECTIONS
         self._connect_timeout_s = connect_timeout_s
@@ -120,6 +120,22 @@ class S3Source(Source):
                 if isinstance(error, TransientError):
                     error.valid_bytes = writer.filled
                 raise error.locate(uri=self.uri, object=object.key, start=start, end=end) from None
+
+    async def checksum(self, object: SourceObject) -> Checksum | None:
+        check_key(object.key, uri=self.uri)
+        async with self._operations.running():
+            try:
+                client = await self._open()
+                answer = await client.call(
+                    "head_object",
+                    version=object.version,
+                    Key=self._place.prefix + object.key,
+                    IfMatch=object.version,
+                    ChecksumMode="ENABLED",
+                )
+            except SourceError as error:
+                raise error.locate(uri=self.uri, object=object.key) from None
+        return _checksum(answer)
 
     async def describe(self) -> dict[str, str]:
         async with self._operations.running():
@@ -219,6 +235,18 @@ def _object(key: str, size_bytes: int | None, tag: str | None) -> SourceObject:
     if size_bytes is None or not tag:
         raise SourceError("the server tells no size or no ETag, so no version can be pinned", object=key)
     return SourceObject(key, size_bytes, tag)
+
+
+def _checksum(answer: dict[str, Any]) -> Checksum | None:
+    """The checksum of the whole object, where the answer to a HEAD has one that is neither composite nor unknown."""
+    if answer.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
+        return None
+    for algorithm in ALGORITHMS:
+        text = answer.get(f"Checksum{algorithm}")
+        # A composite checksum ends in a dash and the number of parts; stores that tell no type write it so too.
+        if isinstance(text, str) and "-" not in text:
+            return Checksum.from_base64(algorithm, text)
+    return None
 
 
 def _check_answer(answer: dict[str, Any], object: SourceObject, start: int, end: int) -> None:

@@ -193,6 +193,13 @@ def test_an_error_says_where_and_why(content: bytes, cause: str) -> None:
     assert str(error).startswith(f"{KEY}, bytes 0-{error.end}: {cause}")
 
 
+def test_more_bits_than_64_bits_count_are_refused_whatever_the_file_size() -> None:
+    nbytes = 2**61
+    raw = json.dumps({"t": entry("U8", [nbytes], 0, nbytes)}).encode()
+    with pytest.raises(HeaderError, match=r"too many bits: it is U8 of shape \[2305843009213693952\]"):
+        parse_header(raw, key=KEY, size_bytes=8 + len(raw) + nbytes)
+
+
 def test_an_error_stays_short() -> None:
     name = "n" * 1_000_000
     for content in (

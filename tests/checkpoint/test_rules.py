@@ -112,6 +112,7 @@ RULES = [
     Rule("a lone high surrogate in a name", R, file_of(f'{{"\\ud800":{{{FIELDS}}}}}', EIGHT)),
     Rule("a lone low surrogate in a name", R, file_of(f'{{"\\uDC00":{{{FIELDS}}}}}', EIGHT)),
     Rule("two high surrogates", R, file_of(f'{{"\\ud800\\ud800\\udc00":{{{FIELDS}}}}}', EIGHT)),
+    Rule("a high surrogate and a letter", R, file_of(f'{{"\\ud800\\u0041":{{{FIELDS}}}}}', EIGHT)),
     Rule("a lone surrogate in an unknown field", R, extra('"\\ud800"')),
     Rule("a lone surrogate as an unknown field's name", R, one(f'{{{FIELDS},"\\ud800":1}}')),
     Rule("a pair of surrogates", A, file_of(f'{{"\\ud83d\\uDE00":{{{FIELDS}}}}}', EIGHT)),
@@ -172,6 +173,9 @@ RULES = [
     # Numbers
     *(Rule(f"a dimension {text}", R, tensor(shape=f"[{text}]")) for text in NO_SIZES),
     *(Rule(f"an end {text}", R, tensor(offsets=f"[0,{text}]")) for text in NO_SIZES),
+    Rule("a dimension true of the right size", R, tensor(shape="[true]", offsets="[0,4]", body=bytes(4))),
+    Rule("a dimension false of the right size", R, tensor(shape="[false]", offsets="[0,0]", body=b"")),
+    Rule("a start false of the right value", R, tensor(offsets="[false,8]")),
     Rule("a dimension -0", R, tensor(shape="[-0]", offsets="[0,0]", body=b"")),
     Rule("an offset -0", R, tensor(offsets="[-0,8]")),
     Rule("a dimension 2^64", R, tensor(shape="[0,18446744073709551616]", offsets="[0,0]", body=b"")),

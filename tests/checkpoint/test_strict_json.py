@@ -89,6 +89,15 @@ def test_the_depth_is_measured_exactly(levels: int, kinds: int, noise: str) -> N
             decode_object(json.dumps(document).encode())
 
 
+def test_the_depth_is_measured_over_a_long_text() -> None:
+    def nested(levels: int) -> bytes:
+        return b'{"a":' + (b"[" + b"[]," * 1000) * levels + b"[]" + b"]" * levels + b"}"
+
+    assert isinstance(decode_object(nested(MAX_DEPTH - 2)), dict)
+    with pytest.raises(InvalidJson, match="nests deeper"):
+        decode_object(nested(MAX_DEPTH - 1))
+
+
 def _depth(value: object) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
     return 0 if inner is None else 1 + max(map(_depth, inner), default=0)

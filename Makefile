@@ -1,0 +1,87 @@
+# Everything a developer and CI do. Needs make and Python 3.11 or newer; all else is installed into .venv.
+#
+#   make demo        serve a sample checkpoint from a local S3 server and stream it back
+#   make test        lint, types, tests: whatever needs no root, no GPU and nothing but Python packages
+#   make test-all    the same, then the built wheel in environments of its own, then the demo
+#
+# Another Python, in an environment of its own: make PYTHON=python3.12 VENV=/tmp/streamload-3.12 test
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+# Made anew, never updated in place: what an older constraints.txt installed must not linger.
+# setuptools comes first so that the build takes the pinned one, not the newest one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("streamload needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another one with: make PYTHON=python3.12")'
+	@echo 'Setting up $(VENV); the first time, this downloads PyTorch.'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt setuptools
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[torch,dev]'
+	touch $@
+
+.PHONY: venv
+venv: $(INSTALLED)
+
+.PHONY: demo
+demo: $(INSTALLED)
+	$(BIN)/python -m examples.demo
+
+.PHONY: lint
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.PHONY: format
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: types
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+.PHONY: pytest
+pytest: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not gpu'
+
+# One after the other even under make -j: the output stays readable, and the cheap checks fail first.
+.PHONY: test
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory types
+	$(MAKE) --no-print-directory pytest
+
+.PHONY: wheel-test
+wheel-test: $(INSTALLED)
+	$(BIN)/python -m scripts.wheel_test
+
+# What test-all runs beyond test, for those who have just run test.
+.PHONY: test-more
+test-more: $(INSTALLED)
+	$(MAKE) --no-print-directory wheel-test
+	$(MAKE) --no-print-directory demo
+
+.PHONY: test-all
+test-all: $(INSTALLED)
+	$(MAKE) --no-print-directory test
+	$(MAKE) --no-print-directory test-more
+
+.PHONY: bench-local
+bench-local: $(INSTALLED)
+	$(BIN)/python -m bench.local
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

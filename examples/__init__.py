@@ -1,0 +1,1 @@
+"""Programs that show streamload at work; each runs with ``python -m examples.NAME`` from the repository's root."""

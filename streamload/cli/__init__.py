@@ -1,0 +1,93 @@
+"""The command line: ``streamload inspect``, ``streamload load``, ``streamload doctor``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Protocol
+
+import streamload
+from streamload.cli import arguments, console, doctor, inspect, load
+from streamload.cli.signals import Signals, Stopped
+
+__all__ = ["main"]
+
+
+class _Command(Protocol):
+    """What the module of a command has."""
+
+    SUMMARY: str
+
+    def configure(self, parser: argparse.ArgumentParser) -> None: ...
+
+    def run(self, given: argparse.Namespace, signals: Signals) -> int: ...
+
+
+_COMMANDS: dict[str, _Command] = {"inspect": inspect, "load": load, "doctor": doctor}
+
+_EXAMPLES = """\
+examples:
+  streamload inspect s3://models/llama
+  streamload load s3://models/llama --device cuda:0
+  streamload doctor s3://models/llama"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments without the program's name; the process's own by default.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 wrong use, 130 stopped by SIGINT, 143 stopped by SIGTERM.
+    """
+    signals = Signals()
+    try:
+        with signals:
+            code = _run(argv, signals)
+    except Stopped:
+        code = 0
+    if signals.number is not None:
+        console.complain(f"stopped by {signals.name}")
+        return 128 + signals.number
+    return code
+
+
+def _run(argv: Sequence[str] | None, signals: Signals) -> int:
+    try:
+        given = _parser().parse_args(argv)
+    except SystemExit as end:  # argparse has said what there is to say
+        console.flush()
+        return end.code if isinstance(end.code, int) else 2
+    command = _COMMANDS[given.command]
+    try:
+        with console.log_lines(quiet=getattr(given, "quiet", False)):
+            return command.run(given, signals)
+    except streamload.OptionError as error:
+        console.complain(f"error: {error}")
+        return 2
+    except streamload.StreamloadError as error:
+        console.complain(f"error: {error}")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="streamload",
+        description="Streams safetensors checkpoints from S3 and disks into host or GPU memory.",
+        epilog=f"{_EXAMPLES}\n\n{arguments.EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"streamload {streamload.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    for name, command in _COMMANDS.items():
+        command.configure(
+            commands.add_parser(
+                name,
+                help=command.SUMMARY,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
+            )
+        )
+    return parser

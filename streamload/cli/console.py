@@ -1,0 +1,102 @@
+"""What the commands write: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import streamload
+
+__all__ = ["complain", "emit", "emit_json", "flush", "log_lines", "printable"]
+
+
+def emit(text: str) -> None:
+    """Write a result to stdout. A reader that has gone away (``| head``) ends nothing: it has what it wanted.
+
+    Raises:
+        StreamloadError: stdout cannot be written to.
+    """
+    out = sys.stdout
+    encoding = out.encoding or "utf-8"
+    # A name that the terminal cannot show is no reason to show nothing.
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        out.write(f"{shown}\n")
+        out.flush()
+    except BrokenPipeError:
+        _silence(out)
+    except OSError as error:
+        _silence(out)
+        raise streamload.StreamloadError(f"stdout cannot be written to: {error.strerror}") from error
+
+
+def emit_json(result: dict[str, Any]) -> None:
+    """Write a result to stdout as one line of JSON."""
+    emit(json.dumps(result))
+
+
+def flush() -> None:
+    """Write out what somebody else has put into stdout's buffer."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence(sys.stdout)
+
+
+def complain(text: str) -> None:
+    """Write one line to stderr."""
+    try:
+        print(f"streamload: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def printable(text: str) -> str:
+    """`text` on one line and without anything that a terminal would act on.
+
+    Names come from files that anybody can have made.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+@contextmanager
+def log_lines(*, quiet: bool) -> Iterator[None]:
+    """Show the library's log on stderr for as long as the block runs.
+
+    Args:
+        quiet: Only what is wrong, no progress.
+    """
+    logger = logging.getLogger("streamload")
+    handler, level = _StderrHandler(), logger.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to what stderr is at the moment: while a progress bar is shown, lines go above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+def _silence(stream: TextIO) -> None:
+    """Lead a stream nowhere, so that the interpreter's last flush does not fail on what is still in its buffer."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)

@@ -1,0 +1,378 @@
+"""Puts the parts together: open, stream, load."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast
+
+from streamload.checkpoint import Catalog
+from streamload.errors import ClosedError, DeadlineError, StreamloadError
+from streamload.options import LoadOptions, Options, resolve
+from streamload.pipeline.budget import Budget
+from streamload.pipeline.engine import Engine, first_error
+from streamload.pipeline.fetch import Fetcher
+from streamload.pipeline.handoff import Finished, Handoff
+from streamload.pipeline.run import Pipeline
+from streamload.plan import Plan
+from streamload.planning import PlannedLoad, plan_load
+from streamload.progress import watch
+from streamload.report import Recorder, Report, State
+from streamload.sinks import NamedTensor, sink_for
+from streamload.sources import open_source
+from streamload.uris import scrub_uri
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AsyncStream", "Stream", "load", "open", "stream"]
+
+
+def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream:
+    """Open a checkpoint for an ``async with`` and ``async for``.
+
+    ::
+
+        async with streamload.open("s3://models/llama", device="cuda:0") as stream:
+            async for name, tensor in stream:
+                ...
+
+    The load runs on a thread of its own: a consumer that blocks its event loop does not stop the network.
+
+    Args:
+        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix`` or ``s3://bucket/key.safetensors``.
+        **options: The fields of `LoadOptions`.
+
+    Raises:
+        OptionError: An option has no meaning.
+        DeviceError: The device does not exist.
+        MissingDependencyError: torch is not installed.
+    """
+    return AsyncStream(_Load(os.fspath(uri), _resolve(options)))
+
+
+def stream(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Stream:
+    """Stream a checkpoint's tensors to synchronous code: in a script, in a notebook, in a thread.
+
+    ::
+
+        for name, tensor in streamload.stream("/models/llama"):
+            ...
+
+    The load begins at once, and ends when the iteration does: at its end, at an error, when the stream is closed, or
+    when nothing refers to it any more.
+
+    Args:
+        uri: As for `open`.
+        **options: The fields of `LoadOptions`.
+
+    Returns:
+        An iterator of names and tensors, and a context manager; its ``report`` says what happened.
+
+    Raises:
+        StreamloadError: Bad options, or no checkpoint there. Later errors are raised by the iteration.
+    """
+    load = _Load(os.fspath(uri), _resolve(options))
+    load.start()
+    try:
+        load.opened.result()
+    except BaseException:
+        load.close()
+        raise
+    return Stream(load)
+
+
+def load(uri: str | os.PathLike[str], **options: Unpack[Options]) -> dict[str, torch.Tensor]:
+    """Load a whole checkpoint.
+
+    Args:
+        uri: As for `open`.
+        **options: The fields of `LoadOptions`.
+
+    Returns:
+        Every tensor by its name, in the order in which they arrived.
+
+    Raises:
+        StreamloadError: Whatever went wrong; nothing of the checkpoint is handed out then.
+    """
+    with stream(uri, **options) as tensors:
+        return dict(tensors)
+
+
+def _resolve(options: Options) -> LoadOptions:
+    return resolve(cast("dict[str, Any]", options))[0]
+
+
+class _Load:
+    """One load: the engine's thread on one side, the consumer on the other."""
+
+    def __init__(self, uri: str, options: LoadOptions) -> None:
+        assert options.memory_bytes is not None
+        self.uri = scrub_uri(uri)
+        self.options = options
+        self.recorder = Recorder(self.uri, options.device, options.memory_bytes, on_event=options.on_event)
+        self.handoff = Handoff(in_order=options.order == "file")
+        self.opened: Future[Plan] = Future()
+        self.engine = Engine(self._main)
+        self.engine.finished.add_done_callback(self._engine_ended)
+        self._source = open_source(uri, concurrency=None if options.concurrency == "auto" else options.concurrency)
+        # Here, on the caller's thread: a CUDA device takes the caller's current stream.
+        self._make_sink = sink_for(options.device, self.recorder.copied)
+        self._pipeline: Pipeline | None = None
+
+    def start(self) -> None:
+        self.engine.start()
+
+    def close(self) -> None:
+        """Cancel whatever is under way, and wait until nothing of it is left."""
+        self.engine.cancel()
+        self.engine.join()
+
+    def consumed(self, taken_bytes: int, released_bytes: int, batches: int) -> None:
+        """Tell the engine what the consumer took and has moved past. Called on the consumer's thread."""
+        if self._pipeline is not None:
+            self.engine.post(self._pipeline.consumed, taken_bytes, released_bytes, batches)
+
+    def _engine_ended(self, finished: Future[None]) -> None:
+        """The engine's thread is about to end: whoever waits must not wait for ever, whatever happened."""
+        error = finished.exception() or ClosedError("the stream was closed", uri=self.uri)
+        self._end(error, "closed" if isinstance(error, ClosedError) else "failed")
+
+    async def _main(self) -> None:
+        recorder = self.recorder
+        try:
+            try:
+                async with asyncio.timeout(self.options.deadline_s) as deadline:
+                    await self._run()
+            except TimeoutError as error:
+                if isinstance(error, StreamloadError) or not deadline.expired():
+                    raise
+                raise DeadlineError(
+                    f"not done after deadline_s={self.options.deadline_s:g}: {recorder.tensors} of "
+                    f"{recorder.total_tensors} tensors were taken, {recorder.arrived_bytes} of "
+                    f"{recorder.total_bytes} bytes had arrived",
+                    uri=self.uri,
+                ) from None
+        except asyncio.CancelledError:
+            self._end(ClosedError("the stream was closed", uri=self.uri), "closed")
+        except BaseException as raised:
+            cause = first_error(raised)
+            if isinstance(cause, StreamloadError):
+                cause.locate(uri=self.uri)
+            self._end(cause, "failed")
+        else:
+            recorder.finish("done")
+            self.handoff.end()
+
+    def _end(self, error: BaseException, state: State) -> None:
+        """The load has ended before everything was delivered; where it has ended already, nothing changes."""
+        self.recorder.finish(state, error if state == "failed" else None)
+        if not self.opened.done():
+            self.opened.set_exception(error)
+        self.handoff.end(error)
+
+    async def _run(self) -> None:
+        recorder = self.recorder
+        async with self._source as source, watch(self.options.progress, recorder):
+            fetcher = Fetcher(source, recorder)
+            try:
+                await self._flow(await plan_load(source, fetcher, recorder, self.options), fetcher)
+            finally:
+                recorder.requests = source.requests
+
+    async def _flow(self, planned: PlannedLoad, fetcher: Fetcher) -> None:
+        options, recorder = self.options, self.recorder
+        assert options.memory_bytes is not None
+        sink = self._make_sink(
+            memory_bytes=options.memory_bytes, read_bytes=planned.read_bytes, concurrency=planned.concurrency
+        )
+        try:
+            sink.check(planned.plan.catalog)
+            self._pipeline = Pipeline(
+                planned.plan,
+                planned.objects,
+                fetcher=fetcher,
+                sink=sink,
+                budget=Budget(options.memory_bytes),
+                handoff=self.handoff,
+                recorder=recorder,
+                verifier=planned.verifier,
+                concurrency=planned.concurrency,
+                strict=options.strict_memory,
+            )
+            self.opened.set_result(planned.plan)
+            await self._pipeline.run()
+        finally:
+            await sink.aclose()
+            recorder.quarantined_bytes = sink.quarantined_bytes
+
+
+class _Consumer:
+    """Takes finished batches and makes their tensors, one at a time, on the consumer's thread."""
+
+    def __init__(self, load: _Load) -> None:
+        self._load = load
+        self._batch: Finished | None = None
+        self._tensors: Iterator[NamedTensor] = iter(())
+        self._began_s = 0.0
+        # Credit of the batch before the current one: its last tensor may still be bound to the consumer's variable.
+        self._lingering_bytes = 0
+
+    def step(self) -> NamedTensor | None:
+        """The next tensor; None where there is none yet, or none any more (see `ended`).
+
+        Raises:
+            StreamloadError: The load's error.
+        """
+        # The consumer asks again, so it has bound the last tensor in place of the one before.
+        released_bytes, self._lingering_bytes = self._lingering_bytes, 0
+        item = next(self._tensors, None)
+        if item is not None:
+            if released_bytes:
+                self._load.consumed(0, released_bytes, 0)
+            return item
+        if self._batch is not None:
+            self._leave(self._batch)
+        batch = self._load.handoff.take()
+        if batch is None:
+            if released_bytes:
+                self._load.consumed(0, released_bytes, 0)
+            return None
+        self._batch = batch
+        self._began_s = self._load.recorder.now()
+        self._tensors = batch.delivery.tensors()
+        item = next(self._tensors)
+        self._load.recorder.took(batch.tensors, batch.tensor_bytes)
+        self._load.consumed(batch.credit_bytes, released_bytes, 1)
+        return item
+
+    @property
+    def ended(self) -> bool:
+        return self._load.handoff.ended
+
+    def close(self) -> None:
+        """Let go of what was taken and not handed out."""
+        self._tensors = iter(())
+        self._batch = None
+
+    def _leave(self, batch: Finished) -> None:
+        self._lingering_bytes = batch.credit_bytes
+        self._load.recorder.event("consumer", "consumer", self._began_s, nbytes=batch.tensor_bytes)
+        self.close()
+
+
+class _BaseStream:
+    """What the synchronous and the asynchronous stream have in common."""
+
+    def __init__(self, load: _Load) -> None:
+        self._load = load
+        self._consumer = _Consumer(load)
+        self._process = os.getpid()
+        # The engine knows the load but not the stream, so a stream that nobody refers to is garbage: that cancels it.
+        self._finalizer = weakref.finalize(self, load.engine.cancel)
+
+    @property
+    def report(self) -> Report:
+        """What has happened so far; complete once the stream has ended."""
+        return self._load.recorder.report()
+
+    @property
+    def catalog(self) -> Catalog:
+        """The tensors that will come, by shard file. Known once the stream is open."""
+        return self._load.opened.result(timeout=0).catalog
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise ClosedError("the stream was opened before this process was forked: open one here", uri=self._load.uri)
+
+    def __repr__(self) -> str:
+        report = self.report
+        return f"<{type(self).__name__} {report.uri} {report.state}, {report.tensors}/{report.total_tensors} tensors>"
+
+
+class Stream(_BaseStream):
+    """A checkpoint's tensors for synchronous code; made by `stream`.
+
+    An iterator over ``(name, tensor)`` and a context manager. Every tensor comes once, whole, and is the caller's own.
+    """
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> NamedTensor:
+        self._check_process()
+        while True:
+            item = self._consumer.step()
+            if item is not None:
+                return item
+            if self._consumer.ended:
+                self._load.engine.join()
+                raise StopIteration
+            self._load.handoff.changed().result()
+
+    def close(self) -> None:
+        """End the load, wherever it is; nothing of it is left when this returns. May be called twice."""
+        if self._process == os.getpid():
+            self._consumer.close()
+            self._load.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncStream(_BaseStream):
+    """A checkpoint's tensors for asynchronous code; made by `open`.
+
+    An async context manager, and within it an async iterator over ``(name, tensor)``. Every tensor comes once, whole,
+    and is the caller's own. Cancelling a wait for the next tensor loses nothing.
+    """
+
+    async def __aenter__(self) -> Self:
+        self._check_process()
+        self._load.start()
+        try:
+            await asyncio.wrap_future(self._load.opened)
+        except BaseException:
+            await self.aclose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> AsyncIterator[NamedTensor]:
+        return self
+
+    async def __anext__(self) -> NamedTensor:
+        self._check_process()
+        while True:
+            item = self._consumer.step()
+            if item is not None:
+                return item
+            if self._consumer.ended:
+                raise StopAsyncIteration
+            await asyncio.wrap_future(self._load.handoff.changed())
+
+    async def aclose(self) -> None:
+        """End the load, wherever it is; nothing of it is left when this returns. May be called twice.
+
+        Cancelled while it waits, the load still ends, in the background.
+        """
+        if self._process != os.getpid() or not self._load.engine.started:
+            return
+        self._consumer.close()
+        self._load.engine.cancel()
+        await asyncio.wrap_future(self._load.engine.finished)
+        # The thread has only its last instructions before it.
+        self._load.engine.join()

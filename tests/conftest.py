@@ -1,0 +1,55 @@
+"""Fixtures for all tests: an S3 server, a bucket in it, and the environment that points at it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from streamload.testing.s3server import S3Server, run_ministack
+from tests.servers import S3Bucket
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server that checks credentials."""
+    with run_ministack() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_client(s3_server: S3Server) -> Iterator[Any]:
+    """A client for filling buckets, made once: making one takes longer than most tests."""
+    with s3_server.client() as client:
+        yield client
+
+
+@pytest.fixture
+def clean_aws_env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No credentials, no endpoint, no proxy: nothing of what the machine's user has set."""
+    for name in os.environ:
+        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    return monkeypatch
+
+
+@pytest.fixture
+def aws_env(s3_server: S3Server, clean_aws_env: pytest.MonkeyPatch) -> S3Server:
+    """The environment of this test points at the S3 server."""
+    for name, value in s3_server.environment.items():
+        clean_aws_env.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def s3_bucket(aws_env: S3Server, s3_client: Any) -> S3Bucket:
+    """A new, empty bucket, and the environment to read it."""
+    name = f"bucket-{uuid.uuid4().hex}"
+    s3_client.create_bucket(Bucket=name)
+    return S3Bucket(aws_env, name, s3_client)

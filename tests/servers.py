@@ -1,0 +1,125 @@
+"""Servers for tests: S3's buckets, and one that answers badly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from streamload.testing.s3server import S3Server
+
+__all__ = ["Answer", "BadServer", "S3Bucket", "serve"]
+
+
+@dataclass
+class S3Bucket:
+    """A bucket of its own, and a way to fill it that has nothing to do with the code under test."""
+
+    server: S3Server
+    name: str
+    client: Any
+
+    @property
+    def uri(self) -> str:
+        return f"s3://{self.name}"
+
+    def put(self, key: str, content: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=key, Body=content)
+
+    def remove(self, key: str) -> None:
+        self.client.delete_object(Bucket=self.name, Key=key)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server says to one request, and what it does then.
+
+    Attributes:
+        status: The HTTP status.
+        headers: Header fields; ``Content-Length`` is added where nothing else ends the body.
+        body: What is sent of the body, whatever the length says; nothing where the request is a HEAD.
+        then: Keep the connection for the next request, end it, reset it, or say nothing more.
+    """
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    then: Literal["keep", "close", "reset", "hang"] = "keep"
+
+
+class BadServer:
+    """Answers requests with what it was given, one after the other, whatever is asked.
+
+    Attributes:
+        answers: What is still to be said; the last one is repeated.
+        requests: The heads of the requests, as they came.
+        asked: Set when a request has come.
+        connections: How many connections were made.
+    """
+
+    def __init__(self, answers: list[Answer]) -> None:
+        self.answers = answers
+        self.requests: list[str] = []
+        self.asked = asyncio.Event()
+        self.connections = 0
+        self.endpoint = ""
+        self._handlers: set[asyncio.Task[None]] = set()
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._handlers.add(task)
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                while await self._exchange(reader, writer):
+                    pass
+        except asyncio.CancelledError:
+            # The test is over; asyncio's streams would log it.
+            pass
+        finally:
+            self._handlers.discard(task)
+            writer.close()
+
+    async def close(self) -> None:
+        handlers = list(self._handlers)
+        for task in handlers:
+            task.cancel()
+        await asyncio.gather(*handlers)
+
+    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
+        self.asked.set()
+        headers = dict(answer.headers)
+        if "Transfer-Encoding" not in headers:
+            headers.setdefault("Content-Length", str(len(answer.body)))
+        body = b"" if self.requests[-1].startswith("HEAD ") else answer.body
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        writer.write(f"HTTP/1.1 {answer.status} Said\r\n{head}\r\n".encode() + body)
+        await writer.drain()
+        if answer.then == "hang":
+            await asyncio.Event().wait()
+        if answer.then == "reset":
+            reset = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            writer.transport.abort()
+        return answer.then == "keep"
+
+
+@contextlib.asynccontextmanager
+async def serve(*answers: Answer) -> AsyncIterator[BadServer]:
+    """Run a server on this loop, on a free port of 127.0.0.1."""
+    bad = BadServer(list(answers))
+    server = await asyncio.start_server(bad.handle, "127.0.0.1", 0)
+    bad.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield bad
+    finally:
+        server.close()
+        await bad.close()
+        await server.wait_closed()

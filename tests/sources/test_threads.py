@@ -1,0 +1,146 @@
+"""The executor of daemon threads."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from streamload.sources.threads import DaemonExecutor
+
+_HUNG_PROCESS = """
+import threading
+from streamload.sources.threads import DaemonExecutor
+executor = DaemonExecutor(2)
+running = threading.Event()
+def hang():
+    running.set()
+    threading.Event().wait()
+executor.submit(hang)
+running.wait()
+executor.shutdown(wait=False)
+print(executor.join(0.0))
+"""
+
+
+class _Memory(bytearray):
+    """A bytearray that weak references can point to."""
+
+
+@pytest.fixture
+def executor() -> Iterator[DaemonExecutor]:
+    executor = DaemonExecutor(2)
+    yield executor
+    executor.shutdown()
+    assert executor.join(10.0)
+
+
+def test_runs_calls_and_hands_over_what_they_return_or_raise(executor: DaemonExecutor) -> None:
+    def fail() -> None:
+        raise KeyError("x")
+
+    assert list(executor.map(lambda n: n * n, range(50))) == [n * n for n in range(50)]
+    with pytest.raises(KeyError):
+        executor.submit(fail).result()
+    assert executor.submit(int, "7f", base=16).result() == 127
+
+
+def test_its_threads_are_daemons_with_names(executor: DaemonExecutor) -> None:
+    together = threading.Barrier(2)
+    seen = [executor.submit(lambda: (together.wait(), threading.current_thread())[1]) for _ in range(2)]
+    threads = [future.result() for future in seen]
+    assert {thread.name for thread in threads} == {"streamload-read-0", "streamload-read-1"}
+    assert all(thread.daemon for thread in threads)
+
+
+def test_a_call_cancelled_in_the_queue_never_runs() -> None:
+    executor = DaemonExecutor(1)
+    go_on = threading.Event()
+    ran: list[str] = []
+    first = executor.submit(go_on.wait)
+    second = executor.submit(ran.append, "second")
+    third = executor.submit(ran.append, "third")
+    assert second.cancel()
+    go_on.set()
+    third.result()
+    assert first.result()
+    assert ran == ["third"]
+    executor.shutdown()
+    assert executor.join(10.0)
+
+
+def test_shutdown_runs_the_queue_out_unless_told_to_cancel_it() -> None:
+    for cancel in (False, True):
+        executor = DaemonExecutor(1)
+        begun, go_on = threading.Event(), threading.Event()
+        ran: list[int] = []
+
+        def block(begun: threading.Event = begun, go_on: threading.Event = go_on) -> None:
+            begun.set()
+            go_on.wait()
+
+        executor.submit(block)
+        queued = [executor.submit(ran.append, n) for n in range(3)]
+        begun.wait()
+        executor.shutdown(wait=False, cancel_futures=cancel)
+        executor.shutdown(wait=False, cancel_futures=cancel)
+        assert not executor.ended.done()
+        go_on.set()
+        executor.ended.result(10.0)
+        assert executor.join(10.0)
+        assert ran == ([] if cancel else [0, 1, 2])
+        assert all(future.cancelled() == cancel for future in queued)
+
+
+def test_after_shutdown_nothing_is_taken() -> None:
+    executor = DaemonExecutor(1)
+    executor.shutdown()
+    assert executor.ended.done()
+    assert executor.join(0.0)
+    with pytest.raises(RuntimeError, match="shut down"):
+        executor.submit(print)
+
+
+def test_a_thread_that_hangs_is_told_and_not_waited_for() -> None:
+    executor = DaemonExecutor(1, join_s=0.0)
+    go_on = threading.Event()
+    executor.submit(go_on.wait)
+    executor.shutdown()
+    assert not executor.join(0.0)
+    go_on.set()
+    assert executor.join(10.0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_finished_call_keeps_nothing_alive(executor: DaemonExecutor, fails: bool) -> None:
+    def use(memory: memoryview) -> None:
+        if fails:
+            raise ValueError("no")
+
+    memory = _Memory(10)
+    gone = weakref.ref(memory)
+    # A later call on each thread would only hide what the thread still holds.
+    future = executor.submit(use, memoryview(memory))
+    assert isinstance(future.exception(), ValueError if fails else type(None))
+    del memory, future
+    gc.collect()
+    executor.shutdown()
+    assert executor.join(10.0)
+    assert gone() is None
+
+
+def test_needs_a_thread() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        DaemonExecutor(0)
+
+
+def test_a_process_ends_although_a_thread_hangs() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", _HUNG_PROCESS], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stdout.strip() == "False"

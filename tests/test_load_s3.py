@@ -1,0 +1,124 @@
+"""Loads from a real S3 server: equal tensors, counted requests, verified bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+import streamload
+from streamload.errors import ChecksumError, CredentialsError, NotFoundError
+from streamload.loan import Loan
+from streamload.sources.base import SourceObject
+from streamload.sources.s3 import S3Source
+from tests.checkpoints import read_with_safetensors, same_tensor, varied_tensors, write_sharded
+from tests.servers import S3Bucket
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sharded(tmp_path_factory.mktemp("s3"), varied_tensors())
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, torch.Tensor]:
+    return read_with_safetensors(folder)
+
+
+def upload(bucket: S3Bucket, folder: Path, prefix: str = "models/tiny/", **arguments: str) -> str:
+    for file in folder.iterdir():
+        bucket.client.put_object(Bucket=bucket.name, Key=prefix + file.name, Body=file.read_bytes(), **arguments)
+    return f"s3://{bucket.name}/{prefix}"
+
+
+def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(same_tensor(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("algorithm", ["CRC64NVME", "CRC32C", "CRC32"])
+def test_every_way_to_load_and_the_objects_checksums(
+    s3_bucket: S3Bucket, folder: Path, expected: dict[str, torch.Tensor], algorithm: str
+) -> None:
+    uri = upload(s3_bucket, folder, ChecksumAlgorithm=algorithm)
+    check(streamload.load(uri), expected)
+    check(dict(streamload.stream(uri.rstrip("/"), read_bytes=100_000, memory_bytes=2 * MIB)), expected)
+
+    async def scenario() -> None:
+        async with streamload.open(uri) as stream:
+            check({name: tensor async for name, tensor in stream}, expected)
+        report = stream.report
+        assert report.source == "s3"
+        assert report.verified == {f"{algorithm} of the whole object": report.total_bytes}
+        assert report.unverified == {}
+        # One list, one index, and for each of three files a header, a checksum and its reads.
+        assert report.requests == 1 + 1 + 3 + 3 + report.reads
+
+    asyncio.run(scenario())
+
+
+def test_one_object(s3_bucket: S3Bucket, folder: Path) -> None:
+    uri = upload(s3_bucket, folder)
+    name = "model-00002-of-00003.safetensors"
+    found = streamload.load(uri + name)
+    assert found.keys() == streamload.load(folder / name).keys()
+
+
+def test_verify_off_asks_for_no_checksums_and_says_so(s3_bucket: S3Bucket, folder: Path) -> None:
+    with streamload.stream(upload(s3_bucket, folder, ChecksumAlgorithm="CRC64NVME"), verify="off") as stream:
+        for _ in stream:
+            pass
+    report = stream.report
+    assert report.verified == {}
+    assert report.unverified == {"verify is off": report.total_bytes}
+    assert report.requests == 1 + 1 + 3 + report.reads
+
+
+def test_a_part_of_an_object_cannot_be_verified_and_the_report_says_so(s3_bucket: S3Bucket, folder: Path) -> None:
+    uri = upload(s3_bucket, folder, ChecksumAlgorithm="CRC64NVME")
+    with streamload.stream(uri, include=["model.layers.*"]) as stream:
+        for _ in stream:
+            pass
+    (reason,) = stream.report.unverified
+    assert "only a part" in reason
+
+
+def test_bytes_that_are_not_what_the_store_keeps_end_the_load(
+    s3_bucket: S3Bucket, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = upload(s3_bucket, folder, ChecksumAlgorithm="CRC64NVME")
+    read = S3Source.read
+
+    async def flipping_read(self: S3Source, object: SourceObject, start: int, end: int, loan: Loan) -> None:
+        await read(self, object, start, end, loan)
+        if end == object.size_bytes and object.key.endswith("3.safetensors"):
+            loan.views[-1][-1] ^= 1
+
+    monkeypatch.setattr(S3Source, "read", flipping_read)
+    with pytest.raises(ChecksumError) as caught:
+        streamload.load(uri)
+    assert caught.value.object == "model-00003-of-00003.safetensors"
+
+
+def test_missing_bucket_and_prefix(s3_bucket: S3Bucket) -> None:
+    with pytest.raises(NotFoundError, match="no-such-bucket"):
+        streamload.load("s3://no-such-bucket-here/x")
+    with pytest.raises(NotFoundError) as caught:
+        streamload.load(f"s3://{s3_bucket.name}/nothing/here")
+    assert caught.value.uri == f"s3://{s3_bucket.name}/nothing/here"
+
+
+def test_no_credentials(clean_aws_env: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CredentialsError, match="no AWS credentials"):
+        streamload.load("s3://some-bucket/x")
+
+
+def test_wrong_credentials_are_named_but_not_shown(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "completely-wrong-secret")
+    with pytest.raises(CredentialsError) as caught:
+        streamload.load(f"s3://{s3_bucket.name}/x")
+    assert "completely-wrong-secret" not in str(caught.value) + repr(caught.value)

@@ -1,0 +1,253 @@
+"""A load's options: where each comes from, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import pytest
+
+from streamload.errors import OptionError
+from streamload.events import Progress
+from streamload.host import HostLimits
+from streamload.options import LoadOptions, Options, proxies, resolve
+
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+def _resolve(environment: dict[str, str] | None = None, **given: Any) -> LoadOptions:
+    return resolve(given, environment or {})[0]
+
+
+def _origins(environment: dict[str, str] | None = None, **given: Any) -> dict[str, str]:
+    return {option.name: option.origin for option in resolve(given, environment or {})[1]}
+
+
+@pytest.fixture
+def available(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    limits = HostLimits(available_bytes=2 * _GIB, bound_by="cgroup v2", open_files=1024, locked_bytes=None)
+    monkeypatch.setattr("streamload.options.host_limits", lambda: limits)
+    return monkeypatch
+
+
+class TestLoadOptions:
+    def test_are_frozen(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            LoadOptions().__setattr__("device", "cuda")
+
+    def test_have_the_same_names_as_keyword_arguments(self) -> None:
+        assert {field.name for field in dataclasses.fields(LoadOptions)} == Options.__optional_keys__
+
+    @pytest.mark.parametrize("globs", [["a", "b"], ("a", "b"), iter(["a", "b"]), {"a": 1, "b": 2}])
+    def test_globs_become_a_tuple(self, globs: Any) -> None:
+        assert LoadOptions(include=globs).include == ("a", "b")
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"device": ""},
+            {"device": 0},
+            {"include": "model.*"},
+            {"include": b"model.*"},
+            {"include": None},
+            {"exclude": [1]},
+            {"memory_bytes": 0},
+            {"memory_bytes": -1},
+            {"memory_bytes": (1 << 20) - 1},
+            {"memory_bytes": "256MiB"},
+            {"memory_bytes": 1e9},
+            {"memory_bytes": True},
+            {"read_bytes": 4095},
+            {"read_bytes": 8.0},
+            {"concurrency": 0},
+            {"concurrency": 1025},
+            {"concurrency": "many"},
+            {"concurrency": None},
+            {"concurrency": True},
+            {"order": "random"},
+            {"order": None},
+            {"verify": "always"},
+            {"verify": True},
+            {"deadline_s": 0},
+            {"deadline_s": -1.0},
+            {"deadline_s": float("inf")},
+            {"deadline_s": float("nan")},
+            {"deadline_s": "1"},
+            {"deadline_s": True},
+            {"strict_memory": 1},
+            {"strict_memory": None},
+            {"progress": None},
+            {"progress": "yes"},
+            {"on_event": 7},
+        ],
+    )
+    def test_refuse(self, given: dict[str, Any]) -> None:
+        (name,) = given
+        with pytest.raises(OptionError, match=f"^{name}="):
+            LoadOptions(**given)
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"device": "cuda:1"},
+            {"memory_bytes": 1 << 20},
+            {"read_bytes": 4096},
+            {"concurrency": 1},
+            {"concurrency": 1024},
+            {"concurrency": "auto"},
+            {"order": "file"},
+            {"verify": "off"},
+            {"deadline_s": 0.5},
+            {"deadline_s": 3},
+            {"strict_memory": True},
+            {"progress": print},
+            {"on_event": print},
+        ],
+    )
+    def test_accept(self, given: dict[str, Any]) -> None:
+        ((name, value),) = given.items()
+        assert getattr(LoadOptions(**given), name) == value
+
+
+class TestResolve:
+    def test_defaults(self) -> None:
+        options = _resolve()
+        assert dataclasses.replace(options, memory_bytes=None) == LoadOptions()
+        assert set(_origins().values()) - {_origins()["memory_bytes"]} == {"default"}
+
+    def test_the_environment(self) -> None:
+        environment = {
+            "STREAMLOAD_DEVICE": " cuda:1 ",
+            "STREAMLOAD_INCLUDE": "model.*, lm_head.weight,",
+            "STREAMLOAD_EXCLUDE": "",
+            "STREAMLOAD_MEMORY_BYTES": "256MiB",
+            "STREAMLOAD_STRICT_MEMORY": "yes",
+            "STREAMLOAD_READ_BYTES": "8M",
+            "STREAMLOAD_CONCURRENCY": "12",
+            "STREAMLOAD_ORDER": "file",
+            "STREAMLOAD_DEADLINE_S": "2.5",
+            "STREAMLOAD_VERIFY": "off",
+            "STREAMLOAD_PROGRESS": "1",
+            "STREAMLOAD_SOMETHING_ELSE": "ignored",
+        }
+        assert _resolve(environment) == LoadOptions(
+            device="cuda:1",
+            include=("model.*", "lm_head.weight"),
+            memory_bytes=256 * _MIB,
+            strict_memory=True,
+            read_bytes=8 * _MIB,
+            concurrency=12,
+            order="file",
+            deadline_s=2.5,
+            verify="off",
+            progress=True,
+        )
+        origins = _origins(environment)
+        assert origins.pop("on_event") == "default"
+        assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
+
+    def test_what_is_given_goes_before_the_environment(self) -> None:
+        environment = {"STREAMLOAD_CONCURRENCY": "nonsense", "STREAMLOAD_ORDER": "file"}
+        assert _resolve(environment, concurrency=3).concurrency == 3
+        assert _origins(environment, concurrency=3)["concurrency"] == "argument"
+        assert _origins(environment, concurrency=3)["order"] == "environment (STREAMLOAD_ORDER)"
+
+    def test_the_process_environment_is_the_default_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("STREAMLOAD_CONCURRENCY", "7")
+        assert resolve({})[0].concurrency == 7
+
+    @pytest.mark.parametrize(
+        ("variable", "text"),
+        [
+            ("STREAMLOAD_MEMORY_BYTES", "lots"),
+            ("STREAMLOAD_READ_BYTES", ""),
+            ("STREAMLOAD_CONCURRENCY", "many"),
+            ("STREAMLOAD_STRICT_MEMORY", "maybe"),
+            ("STREAMLOAD_DEADLINE_S", "soon"),
+        ],
+    )
+    def test_refuses_an_environment_that_cannot_be_read(self, variable: str, text: str) -> None:
+        with pytest.raises(OptionError, match=f"^{variable}="):
+            _resolve({variable: text})
+
+    def test_refuses_an_environment_without_meaning(self) -> None:
+        with pytest.raises(OptionError, match="concurrency=0"):
+            _resolve({"STREAMLOAD_CONCURRENCY": "0"})
+
+    def test_refuses_unknown_names(self) -> None:
+        with pytest.raises(OptionError, match=r"no option 'devise'; there are device, include"):
+            _resolve(devise="cpu")
+
+    @pytest.mark.parametrize("text", ["1", "true", "Yes", " on "])
+    def test_true(self, text: str) -> None:
+        assert _resolve({"STREAMLOAD_STRICT_MEMORY": text}).strict_memory is True
+
+    @pytest.mark.parametrize("text", ["0", "false", "No", " off ", ""])
+    def test_false(self, text: str) -> None:
+        assert _resolve({"STREAMLOAD_STRICT_MEMORY": text}).strict_memory is False
+
+    def test_what_is_shown(self) -> None:
+        def watch(progress: Progress) -> None: ...
+
+        found = resolve(
+            {
+                "memory_bytes": 256 * _MIB,
+                "include": ["a", "b"],
+                "progress": watch,
+                "on_event": functools.partial(print),
+            },
+            {},
+        )[1]
+        shown = {option.name: option.value for option in found}
+        assert list(shown) == [field.name for field in dataclasses.fields(LoadOptions)]
+        assert shown["memory_bytes"] == "268435456 (256.0 MiB)"
+        assert (shown["include"], shown["exclude"]) == ("a, b", "none")
+        assert shown["progress"].endswith("watch")
+        assert shown["on_event"] == "partial"
+        assert shown["read_bytes"] == "the source's choice"
+        assert shown["deadline_s"] == "None"
+
+
+@pytest.mark.usefixtures("available")
+class TestDefaultMemory:
+    def test_a_quarter_of_what_is_left(self) -> None:
+        assert _resolve().memory_bytes == 512 * _MIB
+        assert "2.0 GiB that the cgroup v2 leaves" in _origins()["memory_bytes"]
+
+    def test_none_is_no_value(self) -> None:
+        assert _resolve(memory_bytes=None).memory_bytes == 512 * _MIB
+
+    def test_the_ranks_of_a_node_share(self) -> None:
+        assert _resolve({"LOCAL_WORLD_SIZE": "8"}).memory_bytes == 64 * _MIB
+        assert "8 ranks" in _origins({"LOCAL_WORLD_SIZE": "8"})["memory_bytes"]
+
+    def test_at_least_something(self) -> None:
+        assert _resolve({"LOCAL_WORLD_SIZE": "1000000"}).memory_bytes == 1 * _MIB
+
+    def test_no_more_than_is_of_use(self, available: pytest.MonkeyPatch) -> None:
+        limits = HostLimits(available_bytes=1 << 50, bound_by="machine", open_files=1024, locked_bytes=None)
+        available.setattr("streamload.options.host_limits", lambda: limits)
+        assert _resolve().memory_bytes == 1 * _GIB
+
+    @pytest.mark.parametrize("text", ["", "0", "-1", "two", "1.5", "²"])
+    def test_ranks_that_are_no_number(self, text: str) -> None:
+        with pytest.raises(OptionError, match="LOCAL_WORLD_SIZE="):
+            _resolve({"LOCAL_WORLD_SIZE": text})
+
+    def test_ranks_do_not_matter_where_the_limit_is_given(self) -> None:
+        assert _resolve({"LOCAL_WORLD_SIZE": "two"}, memory_bytes=_MIB).memory_bytes == _MIB
+
+
+class TestProxies:
+    def test_none(self) -> None:
+        assert proxies({"PATH": "/bin", "HTTP_PROXY": ""}) == {}
+
+    def test_both_spellings(self) -> None:
+        environment = {"HTTP_PROXY": "a", "http_proxy": "b", "https_proxy": "c", "NO_PROXY": "d"}
+        assert proxies(environment) == {"HTTP_PROXY": "b", "HTTPS_PROXY": "c", "NO_PROXY": "d"}
+
+    def test_the_process_environment_is_the_default_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("https_proxy", raising=False)
+        monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+        assert proxies()["HTTPS_PROXY"] == "http://proxy:3128"

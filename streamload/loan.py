@@ -40,10 +40,10 @@ class Loan:
 
     def after(self, nbytes: int) -> Loan:
         """The same loan without its first `nbytes` bytes: where a retry goes on."""
-        return Loan(split(self.views, nbytes), parent=self)
+        return Loan(_split(self.views, nbytes), parent=self)
 
 
-def split(views: Sequence[memoryview], skip: int) -> list[memoryview]:
+def _split(views: Sequence[memoryview], skip: int) -> list[memoryview]:
     """The views with their first `skip` bytes left out."""
     rest: list[memoryview] = []
     for view in views:

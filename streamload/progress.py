@@ -14,7 +14,7 @@ from streamload.events import OnProgress, Progress
 from streamload.report import Recorder
 from streamload.units import format_bytes, format_seconds
 
-__all__ = ["watch"]
+__all__ = ["Watch", "watch"]
 
 _logger = logging.getLogger("streamload.progress")
 

@@ -13,7 +13,7 @@ from streamload.pipeline.policy import RetryPolicy
 from streamload.report import Recorder
 from streamload.sources.base import Source, SourceObject
 
-__all__ = ["Fetcher"]
+__all__ = ["Fetcher", "Sleep"]
 
 T = TypeVar("T")
 Sleep = Callable[[float], Awaitable[None]]

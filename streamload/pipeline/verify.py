@@ -9,7 +9,7 @@ from streamload.errors import ChecksumError
 from streamload.plan import Plan
 from streamload.report import Recorder
 
-__all__ = ["Verifier"]
+__all__ = ["NOT_KEPT", "NOT_WHOLE", "SWITCHED_OFF", "Verifier"]
 
 NOT_KEPT = "the source keeps no checksum of the whole object"
 NOT_WHOLE = "only a part of the object is read, and its checksum covers all of it"

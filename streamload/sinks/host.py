@@ -20,7 +20,7 @@ from streamload.sinks.pool import HostPool, round_to_pages
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HostSink"]
+__all__ = ["HostDelivery", "HostLease", "HostSink"]
 
 # Below this a tensor is copied out: rounding a region up to pages wastes at most a sixteenth from here on.
 _SMALL_BYTES = 64 << 10

@@ -11,7 +11,7 @@ from streamload.errors import MissingDependencyError, OptionError
 from streamload.sources.base import Source, SourceObject
 from streamload.uris import scheme_of
 
-__all__ = ["Source", "SourceObject", "open_source"]
+__all__ = ["Source", "SourceFactory", "SourceObject", "open_source"]
 
 #: Makes a source out of a URI and a keyword argument ``concurrency``: the class itself, usually.
 SourceFactory: TypeAlias = Callable[..., Any]

@@ -165,8 +165,8 @@ def test_wrong_keys(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch, path: 
 def test_a_user_without_permission(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     s3_bucket.put(_KEY, b"x")
     with s3_bucket.server.client("iam") as iam:
-        iam.create_user(UserName="nobody")
-        key = iam.create_access_key(UserName="nobody")["AccessKey"]
+        iam.create_user(UserName=f"nobody-{s3_bucket.name}")
+        key = iam.create_access_key(UserName=f"nobody-{s3_bucket.name}")["AccessKey"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
 

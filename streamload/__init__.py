@@ -8,11 +8,14 @@
         ...
 
 Loggers: ``streamload.progress`` (INFO: a line every few seconds, with ``progress=True`` and no terminal),
-``streamload.events`` (INFO: attempts that are made again). The library prints nothing, but for the bar of
+``streamload.events`` (INFO: attempts that are made again; ERROR: a callback raised), ``streamload.sources`` (WARNING:
+a thread was left behind in the kernel). The library prints nothing, but for the bar of
 ``progress=True``.
 """
 
 from __future__ import annotations
+
+import logging
 
 from streamload._version import __version__
 from streamload.checkpoint import Catalog, ShardFile, TensorInfo
@@ -45,6 +48,9 @@ from streamload.options import LoadOptions, Options
 from streamload.plan import Batch, Piece, Plan, Read
 from streamload.report import Report
 from streamload.trace import Trace
+
+# Without it, Python prints warnings to stderr where nobody has configured logging.
+logging.getLogger("streamload").addHandler(logging.NullHandler())
 
 __all__ = [
     "AccessError",

@@ -22,6 +22,7 @@ from streamload.host import HostLimits, host_limits
 from streamload.inspection import inspect
 from streamload.options import LoadOptions, Options, ResolvedOption, proxies, resolve
 from streamload.pipeline.engine import new_event_loop, run_in_thread
+from streamload.planning import effective_reads
 from streamload.sources import Source, open_source
 from streamload.units import format_bytes, format_count, format_seconds
 from streamload.uris import scrub, scrub_uri
@@ -279,8 +280,7 @@ def _use(options: LoadOptions, source: Source | None) -> Iterator[Finding]:
     assert options.memory_bytes is not None
     yield Finding("use", "memory", format_bytes(options.memory_bytes))
     if source is not None:
-        read_bytes = options.read_bytes or source.read_bytes
-        concurrency = source.concurrency if options.concurrency == "auto" else options.concurrency
+        read_bytes, concurrency = effective_reads(source, options)
         yield Finding("use", "source", source.scheme, type(source).__qualname__)
         yield Finding("use", "reads", f"{concurrency} of {format_bytes(read_bytes)} in flight")
 

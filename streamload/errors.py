@@ -18,7 +18,7 @@
     │   └── TransientError                            worth another try; ``retryable`` is true
     │       └── TruncatedReadError                    the bytes ended before the range did
     ├── DeviceError              (RuntimeError)       the device does not exist or refused
-    ├── MemoryLimitError         (MemoryError)        a tensor is larger than a strict limit
+    ├── MemoryLimitError         (MemoryError)        a tensor is larger than a strict limit, or no memory is left
     ├── DeadlineError            (TimeoutError)       the load did not end in time
     └── ClosedError              (RuntimeError)       the stream was closed, or belongs to another process
 
@@ -200,7 +200,7 @@ class DeviceError(StreamloadError, RuntimeError):
 
 
 class MemoryLimitError(StreamloadError, MemoryError):
-    """With ``strict_memory``: a tensor is larger than ``memory_bytes``."""
+    """A tensor is larger than a strict ``memory_bytes``, or the system has no memory for it."""
 
 
 class DeadlineError(StreamloadError, TimeoutError):

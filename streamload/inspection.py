@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Unpack, cast
 
-from streamload.errors import DeadlineError, StreamloadError
+from streamload.deadlines import deadline
+from streamload.errors import StreamloadError
 from streamload.options import Options, resolve
 from streamload.pipeline.engine import run_in_thread
 from streamload.pipeline.fetch import Fetcher
@@ -121,13 +121,8 @@ def inspect(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Inspecti
     recorder = Recorder(scrub_uri(name), "none", resolved.memory_bytes, on_event=resolved.on_event)
 
     async def look() -> Inspection:
-        try:
-            async with asyncio.timeout(resolved.deadline_s) as deadline, opened as source:
-                planned = await plan_load(source, Fetcher(source, recorder), recorder, resolved)
-        except TimeoutError as error:
-            if isinstance(error, StreamloadError) or not deadline.expired():
-                raise
-            raise DeadlineError(f"the headers were not read within deadline_s={resolved.deadline_s:g}") from None
+        async with opened as source, deadline(resolved.deadline_s, lambda: "the headers were not all read"):
+            planned = await plan_load(source, Fetcher(source, recorder), recorder, resolved)
         return Inspection(
             uri=recorder.uri,
             plan=planned.plan,

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 from streamload.checkpoint import Catalog
-from streamload.errors import ClosedError, DeadlineError, StreamloadError
+from streamload.deadlines import deadline
+from streamload.errors import ClosedError, StreamloadError
 from streamload.options import LoadOptions, Options, resolve
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.engine import Engine, first_error
@@ -77,11 +78,13 @@ def stream(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Stream:
         StreamloadError: Bad options, or no checkpoint there. Later errors are raised by the iteration.
     """
     load = _Load(os.fspath(uri), _resolve(options))
-    load.start()
     try:
+        load.start()
         load.opened.result()
     except BaseException:
         load.close()
+        # The error's traceback knows this frame, and the load knows the error.
+        del load
         raise
     return Stream(load)
 
@@ -117,6 +120,7 @@ class _Load:
         self.recorder = Recorder(self.uri, options.device, options.memory_bytes, on_event=options.on_event)
         self.handoff = Handoff(in_order=options.order == "file")
         self.opened: Future[Plan] = Future()
+        self.opened.set_running_or_notify_cancel()  # whoever waits for it and is cancelled must not cancel it
         self.engine = Engine(self._main)
         self.engine.finished.add_done_callback(self._engine_ended)
         self._source = open_source(uri, concurrency=None if options.concurrency == "auto" else options.concurrency)
@@ -143,20 +147,8 @@ class _Load:
         self._end(error, "closed" if isinstance(error, ClosedError) else "failed")
 
     async def _main(self) -> None:
-        recorder = self.recorder
         try:
-            try:
-                async with asyncio.timeout(self.options.deadline_s) as deadline:
-                    await self._run()
-            except TimeoutError as error:
-                if isinstance(error, StreamloadError) or not deadline.expired():
-                    raise
-                raise DeadlineError(
-                    f"not done after deadline_s={self.options.deadline_s:g}: {recorder.tensors} of "
-                    f"{recorder.total_tensors} tensors were taken, {recorder.arrived_bytes} of "
-                    f"{recorder.total_bytes} bytes had arrived",
-                    uri=self.uri,
-                ) from None
+            await self._run()
         except asyncio.CancelledError:
             self._end(ClosedError("the stream was closed", uri=self.uri), "closed")
         except BaseException as raised:
@@ -165,7 +157,7 @@ class _Load:
                 cause.locate(uri=self.uri)
             self._end(cause, "failed")
         else:
-            recorder.finish("done")
+            self.recorder.finish("done")
             self.handoff.end()
 
     def _end(self, error: BaseException, state: State) -> None:
@@ -178,11 +170,21 @@ class _Load:
     async def _run(self) -> None:
         recorder = self.recorder
         async with self._source as source, watch(self.options.progress, recorder):
+            recorder.count_requests(lambda: source.requests)
             fetcher = Fetcher(source, recorder)
             try:
-                await self._flow(await plan_load(source, fetcher, recorder, self.options), fetcher)
+                # Not around what closes the source: that has limits of its own, and must not be cut off.
+                async with deadline(self.options.deadline_s, self._how_far):
+                    await self._flow(await plan_load(source, fetcher, recorder, self.options), fetcher)
             finally:
-                recorder.requests = source.requests
+                self.engine.ignore_cancel()
+
+    def _how_far(self) -> str:
+        recorder = self.recorder
+        return (
+            f"{recorder.tensors} of {recorder.total_tensors} tensors were taken, {recorder.arrived_bytes} of "
+            f"{recorder.total_bytes} bytes had arrived"
+        )
 
     async def _flow(self, planned: PlannedLoad, fetcher: Fetcher) -> None:
         options, recorder = self.options, self.recorder
@@ -207,6 +209,7 @@ class _Load:
             self.opened.set_result(planned.plan)
             await self._pipeline.run()
         finally:
+            self.engine.ignore_cancel()
             await sink.aclose()
             recorder.quarantined_bytes = sink.quarantined_bytes
 
@@ -218,7 +221,10 @@ class _Consumer:
         self._load = load
         self._batch: Finished | None = None
         self._tensors: Iterator[NamedTensor] = iter(())
+        self._left = 0
         self._began_s = 0.0
+        self.batches = 0
+        self._broken: str | None = None
         # Credit of the batch before the current one: its last tensor may still be bound to the consumer's variable.
         self._lingering_bytes = 0
 
@@ -227,27 +233,41 @@ class _Consumer:
 
         Raises:
             StreamloadError: The load's error.
+            BaseException: What making a tensor raised, a KeyboardInterrupt perhaps. The load is over then: what was
+                being made is lost, and a stream that went on would seem whole and not be.
         """
+        if self._broken is not None:
+            raise ClosedError(f"the stream ended when a tensor could not be handed out: {self._broken}")
+        try:
+            return self._step()
+        except StreamloadError:
+            raise
+        except BaseException as error:
+            self._broken = f"{type(error).__name__} {error}".strip()
+            self.close()
+            self._load.engine.cancel()
+            raise
+
+    def _step(self) -> NamedTensor | None:
         # The consumer asks again, so it has bound the last tensor in place of the one before.
+        taken_bytes = finished = 0
         released_bytes, self._lingering_bytes = self._lingering_bytes, 0
-        item = next(self._tensors, None)
-        if item is not None:
-            if released_bytes:
-                self._load.consumed(0, released_bytes, 0)
-            return item
-        if self._batch is not None:
+        if self._batch is not None and self._left == 0:
             self._leave(self._batch)
-        batch = self._load.handoff.take()
-        if batch is None:
-            if released_bytes:
-                self._load.consumed(0, released_bytes, 0)
-            return None
-        self._batch = batch
-        self._began_s = self._load.recorder.now()
-        self._tensors = batch.delivery.tensors()
-        item = next(self._tensors)
-        self._load.recorder.took(batch.tensors, batch.tensor_bytes)
-        self._load.consumed(batch.credit_bytes, released_bytes, 1)
+        if self._batch is None and (batch := self._load.handoff.take()) is not None:
+            self._batch, self._left = batch, batch.tensors
+            self._tensors = batch.delivery.tensors()
+            self._began_s = self._load.recorder.now()
+            self.batches += 1
+            taken_bytes = batch.credit_bytes
+        item = None
+        if self._batch is not None:
+            item = next(self._tensors)
+            self._left -= 1
+            finished = 1 if self._left == 0 else 0
+            self._load.recorder.took(item[1].nbytes)
+        if taken_bytes or released_bytes or finished:
+            self._load.consumed(taken_bytes, released_bytes, finished)
         return item
 
     @property
@@ -273,7 +293,9 @@ class _BaseStream:
         self._consumer = _Consumer(load)
         self._process = os.getpid()
         # The engine knows the load but not the stream, so a stream that nobody refers to is garbage: that cancels it.
-        self._finalizer = weakref.finalize(self, load.engine.cancel)
+        # It holds the engine weakly, since the registry of finalizers is a root: through the load, its error and that
+        # error's traceback it would keep the stream itself.
+        weakref.finalize(self, _cancel, weakref.ref(load.engine))
 
     @property
     def report(self) -> Report:
@@ -282,8 +304,14 @@ class _BaseStream:
 
     @property
     def catalog(self) -> Catalog:
-        """The tensors that will come, by shard file. Known once the stream is open."""
-        return self._load.opened.result(timeout=0).catalog
+        """The tensors that will come, by shard file.
+
+        Raises:
+            ClosedError: The stream was not opened yet.
+        """
+        if not self._load.opened.done():
+            raise ClosedError("the stream is not open yet", uri=self._load.uri)
+        return self._load.opened.result().catalog
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
@@ -292,6 +320,12 @@ class _BaseStream:
     def __repr__(self) -> str:
         report = self.report
         return f"<{type(self).__name__} {report.uri} {report.state}, {report.tensors}/{report.total_tensors} tensors>"
+
+
+def _cancel(engine: weakref.ref[Engine]) -> None:
+    found = engine()
+    if found is not None:
+        found.cancel()
 
 
 class Stream(_BaseStream):
@@ -336,10 +370,16 @@ class AsyncStream(_BaseStream):
     and is the caller's own. Cancelling a wait for the next tensor loses nothing.
     """
 
+    def __init__(self, load: _Load) -> None:
+        super().__init__(load)
+        self._turned = 0
+
     async def __aenter__(self) -> Self:
         self._check_process()
-        self._load.start()
+        if self._load.engine.started:
+            raise ClosedError("a stream is opened once: make another one", uri=self._load.uri)
         try:
+            self._load.start()
             await asyncio.wrap_future(self._load.opened)
         except BaseException:
             await self.aclose()
@@ -356,7 +396,13 @@ class AsyncStream(_BaseStream):
 
     async def __anext__(self) -> NamedTensor:
         self._check_process()
+        if not self._load.engine.started:
+            raise ClosedError("open the stream first: async with streamload.open(...)", uri=self._load.uri)
         while True:
+            if self._turned != self._consumer.batches:
+                # Where tensors are always at hand, nothing else lets the caller's loop turn.
+                self._turned = self._consumer.batches
+                await asyncio.sleep(0)
             item = self._consumer.step()
             if item is not None:
                 return item

@@ -67,7 +67,9 @@ class LoadOptions:
     on_event: OnEvent | None = None
 
     def __post_init__(self) -> None:
-        _check(isinstance(self.device, str) and bool(self.device), "device", self.device, "a device such as cuda:0")
+        if not isinstance(self.device, str):
+            object.__setattr__(self, "device", str(self.device))  # a torch.device
+        _check(bool(self.device), "device", self.device, "a device such as cuda:0")
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             if isinstance(globs, str):
@@ -177,7 +179,7 @@ def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:
     """This rank's share of what the container has left."""
-    text = environment.get("LOCAL_WORLD_SIZE", "1")
+    text = environment.get("LOCAL_WORLD_SIZE") or "1"
     if not text.isdecimal() or int(text) < 1:
         raise OptionError(f"LOCAL_WORLD_SIZE={text!r} is not a number of ranks")
     limits = host_limits()

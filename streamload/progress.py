@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -33,10 +33,10 @@ def watch(progress: bool | OnProgress, recorder: Recorder) -> Watch:
     if not progress:
         return Watch(recorder, None, 0.0)
     if callable(progress):
-        return Watch(recorder, _Callback(progress), _BAR_INTERVAL_S)
-    if sys.stderr.isatty():
-        return Watch(recorder, _Bar(recorder.uri), _BAR_INTERVAL_S)
-    return Watch(recorder, _LogLine(recorder.uri), _LOG_INTERVAL_S)
+        return Watch(recorder, lambda: _Callback(progress), _BAR_INTERVAL_S)
+    if sys.stderr is not None and sys.stderr.isatty():
+        return Watch(recorder, lambda: _Bar(recorder.uri), _BAR_INTERVAL_S)
+    return Watch(recorder, lambda: _LogLine(recorder.uri), _LOG_INTERVAL_S)
 
 
 class _Display(Protocol):
@@ -46,45 +46,58 @@ class _Display(Protocol):
 
 
 class Watch:
-    """Shows a recorder's progress at intervals, on a task of its own."""
+    """Shows a recorder's progress at intervals, on a task of its own.
 
-    def __init__(self, recorder: Recorder, display: _Display | None, interval_s: float) -> None:
+    A load does not die of its spectators: a display that raises is logged once and not used again.
+    """
+
+    def __init__(self, recorder: Recorder, make_display: Callable[[], _Display] | None, interval_s: float) -> None:
         self._recorder = recorder
-        self._display = display
+        self._make_display = make_display
         self._interval_s = interval_s
+        self._display: _Display | None = None
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
 
     async def __aenter__(self) -> Self:
-        if self._display is not None:
-            self._task = asyncio.create_task(self._tick(self._display), name="progress")
+        if self._make_display is not None:
+            with self._tolerating():
+                self._display = self._make_display()
+            self._task = asyncio.create_task(self._tick(), name="progress")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._task is None or self._display is None:
+        if self._task is None:
             return
         self._stop.set()
         await asyncio.wait([self._task])
         if kind is None:
-            self._show(self._display)
-        self._display.close()
+            self._show()
+        with self._tolerating():
+            if self._display is not None:
+                self._display.close()
 
-    async def _tick(self, display: _Display) -> None:
-        while not self._stop.is_set() and self._show(display):
+    async def _tick(self) -> None:
+        while not self._stop.is_set() and self._display is not None:
+            self._show()
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
                     await self._stop.wait()
 
-    def _show(self, display: _Display) -> bool:
+    def _show(self) -> None:
+        with self._tolerating():
+            if self._display is not None:
+                self._display.show(self._recorder.progress())
+
+    @contextmanager
+    def _tolerating(self) -> Iterator[None]:
         try:
-            display.show(self._recorder.progress())
+            yield
         except Exception:
-            # A load does not die of its spectators.
+            self._display = None
             _logger.exception("showing progress failed; it is not shown any more")
-            return False
-        return True
 
 
 class _Callback:
@@ -112,6 +125,8 @@ class _Bar:
             TimeElapsedColumn(),
             console=Console(stderr=True),
             auto_refresh=False,
+            # rich leads what is printed meanwhile around the bar, to stderr: right only where both are the terminal.
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
         self._task = self._bar.add_task(uri, total=None, tensors="")
         self._bar.start()

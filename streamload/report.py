@@ -200,7 +200,7 @@ class Recorder:
         self.nbytes = 0
         self.reads = 0
         self.retries = 0
-        self.requests = 0
+        self._count_requests: Callable[[], int] = int
         self.fetched_bytes = 0
         self.header_bytes = 0
         self.arrived_bytes = 0
@@ -215,7 +215,6 @@ class Recorder:
         self._ended: float | None = None
         self._first_tensor: float | None = None
         self._state: State = "running"
-        self._copied_until = 0.0
         self._error: str | None = None
         self._stages: dict[Stage, _Stopwatch] = {
             "list": _Stopwatch(),
@@ -228,6 +227,10 @@ class Recorder:
     def now(self) -> float:
         """Seconds since the load began."""
         return self._clock() - self._began
+
+    def count_requests(self, count: Callable[[], int]) -> None:
+        """Whom to ask how many requests were sent."""
+        self._count_requests = count
 
     def planned(self, files: int, tensors: int, nbytes: int) -> None:
         """It is known what there is to load."""
@@ -279,7 +282,7 @@ class Recorder:
             _logger.exception("on_event raised and will not be called again")
 
     def copied(self, started: float, ended: float, nbytes: int, detail: str) -> None:
-        """A copy to the device has completed. Called on the one thread that waits for them, in their order.
+        """A copy to the device has completed; copies are made one after another, and their spans do not overlap.
 
         Args:
             started: When it began, by the recorder's clock.
@@ -287,9 +290,7 @@ class Recorder:
             nbytes: How much it moved.
             detail: What it was.
         """
-        # Copies overlap, since the next is queued while one runs; only what is new counts.
-        self._stages["copy"].seconds += max(0.0, ended - max(started, self._copied_until))
-        self._copied_until = ended
+        self._stages["copy"].seconds += ended - started
         self._tell(Event("copy", "copy stream", started - self._began, ended - started, nbytes=nbytes, detail=detail))
 
     def retried(self, error: StreamloadError, lane: str) -> None:
@@ -306,11 +307,11 @@ class Recorder:
         """So many tensor bytes cannot be checked."""
         self._unverified[reason] += nbytes
 
-    def took(self, tensors: int, nbytes: int) -> None:
-        """The consumer took tensors. Called on the consumer's thread."""
+    def took(self, nbytes: int) -> None:
+        """The consumer took a tensor. Called on the consumer's thread."""
         if self._first_tensor is None:
             self._first_tensor = self.now()
-        self.tensors += tensors
+        self.tensors += 1
         self.nbytes += nbytes
 
     def finish(self, state: State, error: BaseException | None = None) -> None:
@@ -344,7 +345,7 @@ class Recorder:
             first_tensor_s=self._first_tensor,
             stages=stages,
             bottleneck=_bottleneck(stages),
-            requests=self.requests,
+            requests=self._count_requests(),
             reads=self.reads,
             retries=self.retries,
             fetched_bytes=self.fetched_bytes,

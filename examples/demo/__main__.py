@@ -7,7 +7,6 @@ with the program, however it ends.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import logging
 import os
@@ -67,11 +66,11 @@ def _demo(shape: LlamaShape) -> bool:
 
         uri = f"s3://{_BUCKET}/{_PREFIX}"
         _headline(3, "Upload")
-        asyncio.run(upload(sorted(folder.iterdir()), bucket=_BUCKET, prefix=_PREFIX))
+        upload(server, sorted(folder.iterdir()), bucket=_BUCKET, prefix=_PREFIX)
         _say(uri)
 
         _headline(4, "Stream it back")
-        tensors, report = asyncio.run(_stream(uri))
+        tensors, report = _stream(uri)
         _say(f"{len(tensors)} tensors")
 
         _headline(5, "Compare each with what safetensors reads from the files")
@@ -80,10 +79,10 @@ def _demo(shape: LlamaShape) -> bool:
     return identical
 
 
-async def _stream(uri: str) -> tuple[dict[str, torch.Tensor], streamload.Report]:
+def _stream(uri: str) -> tuple[dict[str, torch.Tensor], streamload.Report]:
     """Stream and keep everything; a program that uses each tensor as it comes needs far less memory."""
-    async with streamload.open(uri, device="cpu", progress=True) as stream:
-        tensors = {name: tensor async for name, tensor in stream}
+    with streamload.stream(uri, device="cpu", progress=True) as stream:
+        tensors = dict(stream)
     return tensors, stream.report
 
 

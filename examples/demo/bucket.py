@@ -1,20 +1,19 @@
-"""Put files into a bucket, with whatever endpoint and credentials the environment names."""
+"""Put files into a bucket."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from pathlib import Path
 
-from aiobotocore.session import get_session
+from streamload.testing.s3server import S3Server
 
 __all__ = ["upload"]
 
 
-async def upload(files: Iterable[Path], *, bucket: str, prefix: str) -> None:
-    """Make `bucket` and put `files` there, each as ``prefix/NAME``, one after the other."""
-    async with get_session().create_client("s3") as client:
-        await client.create_bucket(Bucket=bucket)
+def upload(server: S3Server, files: Iterable[Path], *, bucket: str, prefix: str) -> None:
+    """Make `bucket` on `server` and put `files` there, each as ``prefix/NAME``."""
+    with server.client() as client:
+        client.create_bucket(Bucket=bucket)
         for file in files:
-            body = await asyncio.to_thread(file.read_bytes)
-            await client.put_object(Bucket=bucket, Key=f"{prefix}/{file.name}", Body=body)
+            with file.open("rb") as body:
+                client.put_object(Bucket=bucket, Key=f"{prefix}/{file.name}", Body=body)

@@ -78,6 +78,9 @@ def log_lines(*, quiet: bool) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    # What these warn of comes back as an error of ours; without a handler Python prints it, tracebacks included.
+    for foreign in ("botocore", "aiobotocore"):
+        logging.getLogger(foreign).addHandler(logging.NullHandler())
     try:
         yield
     finally:

@@ -57,7 +57,7 @@ def run(given: argparse.Namespace, signals: Signals) -> int:
         _check_trace(Path(given.trace))
         options["on_event"] = trace = streamload.Trace()
     # The load's clock starts with it. Where torch is missing, the load says so.
-    with suppress(ImportError):
+    with suppress(Exception):
         import_module("torch")
     load = _Load(signals)
     try:

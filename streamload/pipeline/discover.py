@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from streamload.checkpoint import (
@@ -18,13 +19,14 @@ from streamload.checkpoint import (
     shard_keys,
 )
 from streamload.checksums import Checksum
-from streamload.errors import IndexFileError, NotFoundError
+from streamload.errors import IndexFileError, NotFoundError, ObjectChangedError, SourceError, TransientError
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
+from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["Discovered", "discover"]
+__all__ = ["Discovered", "ask_checksums", "discover"]
 
 # The first read of a file. Nearly all headers are shorter (the Hub's own client reads 100 kB and finds 97 % of them
 # whole), and on an object store so much costs hardly more than a byte.
@@ -41,24 +43,27 @@ class Discovered:
     Attributes:
         catalog: All tensors.
         objects: The shard files as the source knows them, by key.
-        headers: Their headers, the eight bytes of length included, by key.
-        checksums: What the source keeps of them, where it keeps something and was asked, by key.
+        headers: Their headers, the eight bytes of length included, by key; empty where they were not to be kept.
+        checksums: What `ask_checksums` found, by key; empty where it was not to ask.
     """
 
     catalog: Catalog
     objects: dict[str, SourceObject]
     headers: dict[str, bytes]
-    checksums: dict[str, Checksum]
+    checksums: dict[str, Checksum | str]
 
 
-async def discover(fetcher: Fetcher, recorder: Recorder, concurrency: int, *, checksums: bool = True) -> Discovered:
+async def discover(
+    fetcher: Fetcher, recorder: Recorder, concurrency: int, *, keep_headers: bool, checksums: bool
+) -> Discovered:
     """Learn which tensors there are.
 
     Args:
         fetcher: Asks the source.
         recorder: Told of the time and the bytes that it takes.
-        concurrency: How many headers are read at once.
-        checksums: Whether to ask for the objects' checksums as well.
+        concurrency: How many requests are made at once.
+        keep_headers: Whether the headers' bytes are wanted, to sum them up.
+        checksums: Whether to ask for all objects' checksums at the same time.
 
     Raises:
         CheckpointError: The files do not make a checkpoint.
@@ -69,29 +74,63 @@ async def discover(fetcher: Fetcher, recorder: Recorder, concurrency: int, *, ch
         listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
         index = await _read_index(fetcher, recorder, listed)
         keys = shard_keys(tuple(listed), index)
-        objects = {key: listed.get(key) or await _find(fetcher, key, index) for key in keys}
+        objects = await _find(fetcher, keys, listed, index, concurrency)
     recorder.event("list", "engine", started_s, detail=f"{len(listed)} objects, {len(objects)} shard files")
 
-    slots = asyncio.Semaphore(concurrency)
+    lanes: asyncio.Queue[str] = asyncio.Queue()
+    for number in range(concurrency):
+        lanes.put_nowait(f"header {number}")
     one_large = asyncio.Lock()
     with recorder.stage("headers"):
         async with asyncio.TaskGroup() as group:
             reading = [
-                group.create_task(_read_header(fetcher, recorder, object, slots, one_large))
+                group.create_task(_read_header(fetcher, recorder, object, lanes, one_large))
                 for object in objects.values()
             ]
-            asking = {
-                object.key: group.create_task(_ask_checksum(fetcher, object, slots))
-                for object in objects.values()
-                if checksums
-            }
+            asking = group.create_task(ask_checksums(fetcher, objects.values() if checksums else (), concurrency))
     found = [task.result() for task in reading]
     return Discovered(
         catalog=build_catalog([file for file, _ in found], index),
         objects=objects,
-        headers={file.key: header for file, header in found},
-        checksums={key: sum for key, task in asking.items() if (sum := task.result()) is not None},
+        headers={file.key: header for file, header in found} if keep_headers else {},
+        checksums=asking.result(),
     )
+
+
+async def ask_checksums(
+    fetcher: Fetcher, objects: Iterable[SourceObject], concurrency: int
+) -> dict[str, Checksum | str]:
+    """Ask what the source keeps as the objects' checksums.
+
+    A load does not fail because this is refused: many stores keep none, or do not know the question.
+
+    Args:
+        fetcher: Asks the source.
+        objects: Which ones.
+        concurrency: How many requests are made at once.
+
+    Returns:
+        For each object's key the checksum, or why there is none.
+
+    Raises:
+        ObjectChangedError: An object is not the version that was listed.
+        TransientError: The source failed again and again.
+    """
+    slots = asyncio.Semaphore(concurrency)
+
+    async def ask(object: SourceObject) -> Checksum | str:
+        async with slots:
+            try:
+                found = await fetcher.ask(lambda: fetcher.source.checksum(object), key=object.key)
+            except (ObjectChangedError, TransientError):
+                raise
+            except SourceError as error:
+                return f"its checksum could not be had: {error.cause}"
+        return found or NOT_KEPT
+
+    async with asyncio.TaskGroup() as group:
+        tasks = {object.key: group.create_task(ask(object)) for object in objects}
+    return {key: task.result() for key, task in tasks.items()}
 
 
 async def _read_index(fetcher: Fetcher, recorder: Recorder, listed: dict[str, SourceObject]) -> Index | None:
@@ -106,28 +145,43 @@ async def _read_index(fetcher: Fetcher, recorder: Recorder, listed: dict[str, So
     return parse_index(await _read_bytes(fetcher, recorder, object, 0, object.size_bytes), key=key)
 
 
-async def _find(fetcher: Fetcher, key: str, index: Index | None) -> SourceObject:
-    """A shard file that the listing does not show: in a deeper folder, perhaps."""
-    try:
-        return await fetcher.ask(lambda: fetcher.source.stat(key), key=key)
-    except NotFoundError as error:
-        named = next((name for name, shard in index.weight_map.items() if shard == key), "") if index else ""
-        raise IndexFileError(
-            f"the index says that tensor {named!r} is in {key!r}, and there is no such file",
-            uri=fetcher.source.uri,
-            object=key,
-        ) from error
+async def _find(
+    fetcher: Fetcher,
+    keys: tuple[str, ...],
+    listed: dict[str, SourceObject],
+    index: Index | None,
+    concurrency: int,
+) -> dict[str, SourceObject]:
+    """The shard files, those in deeper folders, which the listing does not show, included."""
+    slots = asyncio.Semaphore(concurrency)
+
+    async def find(key: str) -> SourceObject:
+        try:
+            async with slots:
+                return await fetcher.ask(lambda: fetcher.source.stat(key), key=key)
+        except NotFoundError as error:
+            named = next((name for name, shard in index.weight_map.items() if shard == key), "") if index else ""
+            raise IndexFileError(
+                f"the index says that tensor {named!r} is in {key!r}, and there is no such file",
+                uri=fetcher.source.uri,
+                object=key,
+            ) from error
+
+    async with asyncio.TaskGroup() as group:
+        unseen = {key: group.create_task(find(key)) for key in keys if key not in listed}
+    return {key: unseen[key].result() if key in unseen else listed[key] for key in keys}
 
 
 async def _read_header(
     fetcher: Fetcher,
     recorder: Recorder,
     object: SourceObject,
-    slots: asyncio.Semaphore,
+    lanes: asyncio.Queue[str],
     one_large: asyncio.Lock,
 ) -> tuple[ShardFile, bytes]:
-    started_s = recorder.now()
-    async with slots:
+    lane = await lanes.get()
+    try:
+        started_s = recorder.now()
         reader = HeaderReader(object.size_bytes, key=object.key)
         reader.feed(await _read_bytes(fetcher, recorder, object, 0, min(_FIRST_READ_BYTES, object.size_bytes)))
         needed = reader.needed
@@ -141,15 +195,12 @@ async def _read_header(
             async with one_large:
                 reader.feed(await _read_bytes(fetcher, recorder, object, reader.received, needed))
                 file, header = _parse(reader, object)
+    finally:
+        lanes.put_nowait(lane)
     recorder.event(
-        "header", "engine", started_s, object=object.key, start=0, end=file.header_bytes, nbytes=file.header_bytes
+        "header", lane, started_s, object=object.key, start=0, end=file.header_bytes, nbytes=file.header_bytes
     )
     return file, header
-
-
-async def _ask_checksum(fetcher: Fetcher, object: SourceObject, slots: asyncio.Semaphore) -> Checksum | None:
-    async with slots:
-        return await fetcher.ask(lambda: fetcher.source.checksum(object), key=object.key)
 
 
 def _parse(reader: HeaderReader, object: SourceObject) -> tuple[ShardFile, bytes]:

@@ -49,11 +49,13 @@ class Engine:
         loop_factory: Callable[[], asyncio.AbstractEventLoop] = new_event_loop,
     ) -> None:
         self.finished: Future[None] = Future()
+        self.finished.set_running_or_notify_cancel()  # whoever waits for it and is cancelled must not cancel it
         self._main = main
         self._loop_factory = loop_factory
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._started = threading.Event()
+        self._cancellable = True
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="streamload-engine", daemon=True)
 
@@ -80,10 +82,12 @@ class Engine:
             return
 
     def cancel(self) -> None:
-        """Cancel the coroutine, without waiting. From any thread, the garbage collector included."""
-        task = self._task
-        if task is not None:
-            self.post(task.cancel)
+        """Cancel the coroutine, without waiting; the first call counts. From any thread, the collector included."""
+        self.post(self._cancel)
+
+    def ignore_cancel(self) -> None:
+        """Called by the coroutine when all that is left is closing, which another cancellation must not cut off."""
+        self._cancellable = False
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the thread has ended; whether it has."""
@@ -91,6 +95,11 @@ class Engine:
             return False
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    def _cancel(self) -> None:
+        if self._cancellable and self._task is not None:
+            self._cancellable = False
+            self._task.cancel()
 
     def _run(self) -> None:
         failure: BaseException | None = None
@@ -128,8 +137,8 @@ def run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
             result.set_exception(first_error(error))
 
     engine = Engine(body)
-    engine.start()
     try:
+        engine.start()
         return result.result()
     finally:
         engine.cancel()

@@ -60,7 +60,7 @@ class Fetcher:
                 return
             except StreamloadError as error:
                 valid += error.valid_bytes
-                failures = 0 if error.valid_bytes else failures + 1
+                failures = self._policy.failures(failures, error)
                 # The range that the caller asked for, not the part of it that this attempt still lacked.
                 error.start, error.end = start, end
                 error.locate(uri=self.source.uri, object=object.key)

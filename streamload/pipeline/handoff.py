@@ -7,6 +7,7 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from streamload.errors import ClosedError
 from streamload.sinks.base import Delivery
 
 __all__ = ["Finished", "Handoff"]
@@ -84,12 +85,14 @@ class Handoff:
         """Called by the consumer: the next batch, or None where none lies here (yet, or any more: see `ended`).
 
         Raises:
-            BaseException: The load's error.
+            BaseException: The load's error, at the first call; a ClosedError that quotes it at later ones.
         """
         with self._lock:
-            if self._error is not None:
-                raise self._error
-            return self._ready.popleft() if self._ready else None
+            if self._error is None:
+                return self._ready.popleft() if self._ready else None
+            # Told once, and not kept: its traceback will know the consumer's frames and what those hold.
+            error, self._error = self._error, ClosedError(f"the stream has ended: {self._error}")
+            raise error
 
     @property
     def ended(self) -> bool:

@@ -82,7 +82,7 @@ class Pipeline:
         self._strict = strict
         self._concurrency = concurrency
         # As long as the workers are many: each finds its next read without waiting for the dispatcher's turn.
-        self._queue: asyncio.Queue[tuple[_OpenBatch, Read] | None] = asyncio.Queue(concurrency)
+        self._queue: asyncio.Queue[tuple[_OpenBatch, Read] | None] = asyncio.Queue(1)
         self._open: set[_OpenBatch] = set()
         self._active_reads = 0
         self._untaken = 0
@@ -127,7 +127,7 @@ class Pipeline:
         Args:
             taken_bytes: Credit of the batches that it took.
             released_bytes: Credit of the batches that it has moved past.
-            batches: How many it took.
+            batches: How many it took to the last tensor.
         """
         if self._over:
             return

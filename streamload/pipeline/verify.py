@@ -11,7 +11,7 @@ from streamload.report import Recorder
 
 __all__ = ["NOT_KEPT", "NOT_WHOLE", "SWITCHED_OFF", "Verifier"]
 
-NOT_KEPT = "the source keeps no checksum of the whole object"
+NOT_KEPT = "the source keeps no checksum of the whole object that parts could be combined to"
 NOT_WHOLE = "only a part of the object is read, and its checksum covers all of it"
 SWITCHED_OFF = "verify is off"
 
@@ -21,7 +21,7 @@ class Verifier:
 
     Args:
         plan: What will be read. Objects of which only a part is read cannot be verified.
-        checksums: What the source keeps, by key; an object that it keeps nothing for is not verified.
+        checksums: What the source keeps, or why it keeps nothing, by key; objects that were not asked for are missing.
         headers: The objects' headers, their eight bytes of length included, by key.
         recorder: Told how many bytes were verified, by what, and how many not, and why.
         off: Whether nothing is to be verified.
@@ -30,13 +30,13 @@ class Verifier:
     def __init__(
         self,
         plan: Plan,
-        checksums: Mapping[str, Checksum],
+        checksums: Mapping[str, Checksum | str],
         headers: Mapping[str, bytes],
         recorder: Recorder,
         *,
         off: bool = False,
     ) -> None:
-        self._checksums = checksums
+        self._checksums: dict[str, Checksum] = {}
         self._recorder = recorder
         self._parts: dict[str, PartialChecksum] = {}
         self._tensor_bytes: dict[str, int] = {}
@@ -45,14 +45,15 @@ class Verifier:
             planned[batch.file] = planned.get(batch.file, 0) + sum(read.nbytes for read in batch.reads)
         for number, file in enumerate(plan.catalog.files):
             tensor_bytes = sum(tensor.nbytes for tensor in file.tensors)
-            checksum = checksums.get(file.key)
+            checksum = checksums.get(file.key, NOT_WHOLE)
             if off:
                 recorder.unverified(tensor_bytes, SWITCHED_OFF)
-            elif checksum is None:
-                recorder.unverified(tensor_bytes, NOT_KEPT)
+            elif isinstance(checksum, str):
+                recorder.unverified(tensor_bytes, checksum)
             elif planned.get(number, 0) + file.header_bytes != file.size_bytes:
                 recorder.unverified(tensor_bytes, NOT_WHOLE)
             else:
+                self._checksums[file.key] = checksum
                 self._tensor_bytes[file.key] = tensor_bytes
                 self._parts[file.key] = PartialChecksum(checksum.algorithm, file.size_bytes)
                 self.add(file.key, 0, [memoryview(headers[file.key])])

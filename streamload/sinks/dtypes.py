@@ -48,7 +48,7 @@ def require_torch() -> None:
     """
     try:
         importlib.import_module("torch")
-    except ImportError as error:
+    except Exception as error:  # a torch whose libraries are missing raises OSError, and others do worse
         raise MissingDependencyError(
             f"loading tensors needs torch, which cannot be imported ({error}): pip install 'streamload[torch]'"
         ) from error

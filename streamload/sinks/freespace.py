@@ -1,4 +1,4 @@
-"""Which ranges of an arena are unused: first fit, neighbours joined, and how much of them still holds pages."""
+"""Which ranges of an arena are unused: best fit, neighbours joined, and how much of them still holds pages."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ class FreeSpace:
         self._add(0, size, 0)
 
     def take(self, nbytes: int) -> int | None:
-        """Take the first range that is large enough; its start, or None where none is."""
-        for start in self._starts:
-            size, dirty = self._ranges[start]
-            if size >= nbytes:
-                self._remove(start)
-                if size > nbytes:
-                    self._add(start + nbytes, size - nbytes, min(dirty, size - nbytes))
-                return start
-        return None
+        """Take from the smallest range that is large enough; its start, or None where none is."""
+        start = min(
+            (start for start in self._starts if self._ranges[start][0] >= nbytes),
+            key=lambda start: self._ranges[start][0],
+            default=None,
+        )
+        if start is not None:
+            size, dirty = self._remove(start)
+            if size > nbytes:
+                self._add(start + nbytes, size - nbytes, min(dirty, size - nbytes))
+        return start
 
     def give(self, start: int, nbytes: int) -> None:
         """Take a used range back; all of it is dirty."""

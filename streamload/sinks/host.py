@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from streamload.checkpoint import Catalog, TensorInfo
+from streamload.errors import MemoryLimitError
 from streamload.loan import Loan
 from streamload.plan import Batch, Read
 from streamload.sinks.base import Delivery, Lease, NamedTensor, Sink
@@ -111,7 +112,11 @@ class HostSink(Sink[HostLease]):
         return large + round_to_pages(_shared_bytes(batch))
 
     def begin(self, batch: Batch, spare_bytes: int) -> HostLease:
-        lease = HostLease(batch, self._pool)
+        try:
+            lease = HostLease(batch, self._pool)
+        except (MemoryError, OSError, OverflowError) as error:
+            nbytes, name = self.credit_bytes(batch), batch.tensors[0].name
+            raise MemoryLimitError(f"the system does not give {nbytes} bytes for tensor {name!r}: {error}") from error
         # While nothing is kept, the pool is no larger than the limit and all of it is used again and again. Tensors
         # that the consumer keeps make it grow: then what is unused must not come on top.
         if self._pool.resident_bytes > self._memory_bytes:

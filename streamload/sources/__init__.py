@@ -40,6 +40,8 @@ def open_source(uri: str, *, concurrency: int | None = None) -> Source:
         OptionError: Nothing serves the URI's scheme, or the URI makes no sense to what does.
         MissingDependencyError: What serves it cannot be imported.
     """
+    if uri.endswith(".safetensors.index.json"):
+        raise OptionError("this names the index file: name the folder that it is in", uri=uri)
     scheme = scheme_of(uri)
     built_in = _BUILT_IN.get(scheme)
     if built_in is not None:

@@ -27,7 +27,7 @@ __all__ = ["LocalSource"]
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("streamload.sources")
 
 # Descriptors kept open: more than any published checkpoint has shard files, and a quarter of the usual limit of 1024.
 _MAX_OPEN_FILES = 256
@@ -61,8 +61,9 @@ class LocalSource(Source):
     request_cost_bytes: ClassVar[int] = 64 << 10
     # Long enough that these 100 µs are below a tenth of a read's time, even out of the page cache.
     read_bytes: ClassVar[int] = 8 << 20
-    # Two threads are as fast as the memory where files are cached; the other two keep a disk's queue filled.
-    concurrency: ClassVar[int] = 4
+    # Cached files are copied as fast as two cores can, and more threads than cores are in each other's way; where there
+    # are cores, four keep a disk's queue filled.
+    concurrency: ClassVar[int] = min(4, max(2, len(os.sched_getaffinity(0))))
 
     def __init__(self, uri: str, *, concurrency: int | None = None, grace_s: float = 5.0) -> None:
         super().__init__(uri)
@@ -206,11 +207,14 @@ def _list_folder(path: str) -> list[SourceObject]:
         file = os.path.join(path, name)
         try:
             status = os.stat(file)
-        except FileNotFoundError:
-            if not os.path.islink(file):
-                continue  # gone since it was listed: somebody's temporary file
-            # To leave it out would turn a checkpoint with a broken link into a smaller checkpoint.
-            raise NotFoundError("this is a link to a file that is not there", object=name) from None
+        except OSError as error:
+            # Gone since it was listed, or a broken link. To leave out a shard file or an index would turn a checkpoint
+            # into a smaller one; what else lies in the folder is none of our business.
+            if not name.endswith((".safetensors", ".safetensors.index.json")):
+                continue
+            if isinstance(error, FileNotFoundError) and not os.path.islink(file):
+                continue
+            raise NotFoundError(f"this is a link to a file that is not there ({error.strerror})", object=name) from None
         if stat.S_ISREG(status.st_mode):
             objects.append(_object(name, status))
     return objects

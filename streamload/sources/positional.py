@@ -120,7 +120,7 @@ class ReadJob:
         try:
             self._file.check(fd)
             complete = self._fill(fd)
-            self._file.check(fd)
+            self._check_again(fd)
         except OSError as error:
             return error
         finally:
@@ -128,6 +128,14 @@ class ReadJob:
         if not complete and not self.stop:
             return TruncatedReadError("the file ended before its size said so", valid_bytes=self.filled)
         return None
+
+    def _check_again(self, fd: int) -> None:
+        """See that what was read is of the version first seen; where that cannot be told, nothing was read."""
+        try:
+            self._file.check(fd)
+        except OSError:
+            self.filled = 0
+            raise
 
     def _fill(self, fd: int) -> bool:
         """Fill the views; False where it was stopped, or the file ended."""

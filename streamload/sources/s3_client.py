@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -85,6 +86,7 @@ class S3Client:
             session = get_session()
             session.register_component("data_loader", _models(session.get_config_variable("data_path")))
             credentials = await _find_credentials(session)
+            _check_ca_bundle(session)
             client = await stack.enter_async_context(session.create_client("s3", config=config))
         except FOREIGN_ERRORS as error:
             if isinstance(error, SourceError):
@@ -202,8 +204,18 @@ async def _find_credentials(session: AioSession) -> Any:
         if limit.expired():
             raise CredentialsError(f"looking for credentials took more than {_CREDENTIALS_TIMEOUT_S:g} s") from None
         raise
+    except (FileNotFoundError, PermissionError, ValueError) as error:
+        # A token's file that is not there, a program that cannot be run, an answer of it that makes no sense.
+        raise CredentialsError(f"looking for AWS credentials failed: {error}") from None
     if credentials is None:
         raise CredentialsError(
             "no AWS credentials were found: not in the environment, nor in a profile, a container or an instance's role"
         )
     return credentials
+
+
+def _check_ca_bundle(session: AioSession) -> None:
+    """A bundle that is not there would show as a connection that breaks, again and again."""
+    bundle = session.get_config_variable("ca_bundle")
+    if bundle and not Path(bundle).exists():
+        raise SourceError(f"the CA bundle {bundle!r} that the AWS configuration names is not there")

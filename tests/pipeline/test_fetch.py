@@ -70,18 +70,25 @@ class Clock:
         self.waits.append(seconds)
 
 
-def fetcher(source: ScriptedSource, clock: Clock, jitter: Callable[[], float] = lambda: 0.5) -> Fetcher:
-    return Fetcher(source, Recorder(source.uri, "cpu", 1 << 20), sleep=clock.sleep, jitter=jitter)
+def fetcher(
+    source: ScriptedSource,
+    clock: Clock,
+    jitter: Callable[[], float] = lambda: 0.5,
+    policy: RetryPolicy | None = None,
+) -> Fetcher:
+    return Fetcher(source, Recorder(source.uri, "cpu", 1 << 20), sleep=clock.sleep, jitter=jitter, policy=policy)
 
 
-def read(source: ScriptedSource, clock: Clock, start: int = 0, end: int = 1000) -> bytes:
+def read(
+    source: ScriptedSource, clock: Clock, start: int = 0, end: int = 1000, policy: RetryPolicy | None = None
+) -> bytes:
     buffer = bytearray(end - start)
     views = [memoryview(buffer)[:100], memoryview(buffer)[100:]]
-    asyncio.run(fetcher(source, clock).read(OBJECT, start, end, Loan(views)))
+    asyncio.run(fetcher(source, clock, policy=policy).read(OBJECT, start, end, Loan(views)))
     return bytes(buffer)
 
 
-@given(st.lists(st.integers(0, 200), max_size=5))
+@given(st.lists(st.integers(0, 150), max_size=5))
 def test_a_retry_goes_on_from_the_byte_that_was_reached(reached: list[int]) -> None:
     source = ScriptedSource([TruncatedReadError("cut", valid_bytes=nbytes) for nbytes in reached])
     assert read(source, Clock()) == CONTENT[:1000]
@@ -102,10 +109,18 @@ def test_giving_up_names_where_and_how_often() -> None:
     assert len(source.asked) == 6
 
 
-def test_attempts_that_bring_bytes_are_not_failures_in_a_row() -> None:
-    source = ScriptedSource([TruncatedReadError("cut", valid_bytes=10) for _ in range(50)])
-    assert read(source, Clock()) == CONTENT[:1000]
-    assert len(source.asked) == 51
+def test_attempts_that_get_further_are_not_failures_in_a_row() -> None:
+    source = ScriptedSource([TruncatedReadError("cut", valid_bytes=50) for _ in range(15)])
+    policy = RetryPolicy(progress_bytes=50)
+    assert read(source, Clock(), policy=policy) == CONTENT[:1000]
+    assert len(source.asked) == 16
+
+
+def test_crumbs_do_not_count_as_getting_further() -> None:
+    source = ScriptedSource([TruncatedReadError("cut", valid_bytes=1) for _ in range(500)])
+    with pytest.raises(TruncatedReadError) as caught:
+        read(source, Clock())
+    assert caught.value.attempts == 6
 
 
 @pytest.mark.parametrize("error", [AccessError("denied"), ObjectChangedError("changed"), SourceError("other")])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamload.errors import StreamloadError
+from streamload.errors import ClosedError, StreamloadError
 from streamload.pipeline.handoff import Finished, Handoff
 from streamload.sinks.base import Delivery, NamedTensor
 
@@ -75,8 +75,11 @@ def test_an_error_ends_it_at_once_and_drops_what_lies_there() -> None:
     handoff.end(StreamloadError("broken"))
     handoff.put(batch(1))
     assert len(handoff) == 0
-    with pytest.raises(StreamloadError, match="broken"):
+    with pytest.raises(StreamloadError, match="broken") as caught:
         handoff.take()
+    with pytest.raises(ClosedError, match="broken") as again:
+        handoff.take()
+    assert again.value is not caught.value, "the first one's traceback is not kept"
 
 
 def test_the_first_end_counts() -> None:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save
 
-from streamload.errors import AccessError, ChecksumError, TransientError
+from streamload.checksums import Checksum
+from streamload.errors import AccessError, ChecksumError, ObjectChangedError, TransientError
 from streamload.loan import Loan
 from streamload.options import LoadOptions
 from streamload.pipeline.budget import Budget
@@ -161,12 +162,12 @@ def test_there_are_enough_operations_to_be_worth_it() -> None:
 
 @pytest.mark.parametrize("k", range(1, OPERATIONS + 1))
 def test_the_first_error_at_any_operation_ends_the_load_with_it(k: int) -> None:
-    source = FaultSource(MemorySource(CONTENT), fail_at=k, error=lambda: AccessError("refused"))
+    source = FaultSource(MemorySource(CONTENT), fail_at=k, error=lambda: ObjectChangedError("replaced"))
     load = Run(source)
     with pytest.raises(BaseExceptionGroup) as caught:
         run(load.run)
     error = first_error(caught.value)
-    assert isinstance(error, AccessError)
+    assert isinstance(error, ObjectChangedError)
     assert error.uri == source.uri
     assert source.closed
     assert source.running == 0
@@ -223,6 +224,22 @@ def test_a_consumer_that_takes_nothing_stops_the_network() -> None:
     run(load.run)
     assert seen[1] == seen[2] < OPERATIONS
     assert load.tensors.keys() == EXPECTED.keys()
+
+
+class SecretiveSource(MemorySource):
+    """Does not tell its checksums."""
+
+    async def checksum(self, object: SourceObject) -> Checksum | None:
+        raise AccessError("not for you")
+
+
+def test_a_checksum_that_cannot_be_had_is_said_and_does_not_end_the_load() -> None:
+    load = Run(SecretiveSource(CONTENT))
+    run(load.run)
+    assert load.tensors.keys() == EXPECTED.keys()
+    assert load.recorder.report().unverified == {
+        "its checksum could not be had: not for you": load.recorder.total_bytes
+    }
 
 
 class FlippedSource(MemorySource):

@@ -24,6 +24,18 @@ class FreeSpaceMachine(RuleBasedStateMachine):
         self.used: set[int] = set()
         self.touched: set[int] = set()
 
+    def unused(self) -> list[tuple[int, int]]:
+        """The unused ranges, neighbours joined."""
+        ranges: list[tuple[int, int]] = []
+        for at in range(SIZE):
+            if at in self.used:
+                continue
+            if ranges and ranges[-1][1] == at:
+                ranges[-1] = (ranges[-1][0], at + 1)
+            else:
+                ranges.append((at, at + 1))
+        return ranges
+
     @rule(target=taken, nbytes=st.integers(1, 20))
     def take(self, nbytes: int) -> object:
         start = self.space.take(nbytes)
@@ -31,7 +43,9 @@ class FreeSpaceMachine(RuleBasedStateMachine):
         if start is None:
             assert not fits
             return multiple()
-        assert start == fits[0]
+        assert start in fits
+        sizes = [end - begin for begin, end in self.unused() if end - begin >= nbytes]
+        assert start in [begin for begin, end in self.unused() if end - begin == min(sizes)], "the smallest that fits"
         self.used |= set(range(start, start + nbytes))
         self.touched |= set(range(start, start + nbytes))
         return (start, nbytes)

@@ -55,6 +55,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="streamload-bench-", dir=arguments.dir) as folder:
             make, loaders = SCENARIOS[scenario]
             make(Path(folder), int(arguments.size * 1e9))
+            os.sync()  # what is still written to the disk while others read would be what is measured
             report(scenario, run_rounds(loaders, Path(folder), arguments.rounds), Path(folder))
 
 

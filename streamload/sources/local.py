@@ -32,6 +32,10 @@ _log = logging.getLogger("streamload.sources")
 # Descriptors kept open: more than any published checkpoint has shard files, and a quarter of the usual limit of 1024.
 _MAX_OPEN_FILES = 256
 
+# Cached files are copied as fast as two cores can, and more threads than cores are in each other's way; where there are
+# cores, four keep a disk's queue filled.
+_THREADS = min(4, max(2, len(os.sched_getaffinity(0))))
+
 # How long the last thread may take from having nothing left to do to being gone: microseconds, if it is scheduled.
 _THREAD_EXIT_S = 1.0
 
@@ -48,7 +52,7 @@ class LocalSource(Source):
 
     Args:
         uri: A path, or a ``file://`` URI with ``%`` escapes.
-        concurrency: How many threads read; by default, the class's `concurrency`.
+        concurrency: How many threads read; by default half as many as the class's `concurrency`.
         grace_s: How long a cancelled read, and `aclose`, wait for a thread that hangs, in seconds.
 
     Raises:
@@ -61,15 +65,15 @@ class LocalSource(Source):
     request_cost_bytes: ClassVar[int] = 64 << 10
     # Long enough that these 100 µs are below a tenth of a read's time, even out of the page cache.
     read_bytes: ClassVar[int] = 8 << 20
-    # Cached files are copied as fast as two cores can, and more threads than cores are in each other's way; where there
-    # are cores, four keep a disk's queue filled.
-    concurrency: ClassVar[int] = min(4, max(2, len(os.sched_getaffinity(0))))
+    # Two reads for each thread: while one is under way the next waits in line, so that no thread ever waits for the
+    # event loop to find it something to do.
+    concurrency: ClassVar[int] = 2 * _THREADS
 
     def __init__(self, uri: str, *, concurrency: int | None = None, grace_s: float = 5.0) -> None:
         super().__init__(uri)
         self._path = _path_of(uri)
         self._grace_s = grace_s
-        self._threads = DaemonExecutor(self.concurrency if concurrency is None else concurrency)
+        self._threads = DaemonExecutor(_THREADS if concurrency is None else concurrency)
         self._operations = Operations()
         self._files: dict[tuple[str, str], OpenFile] = {}
         self._root: str | None = None

@@ -36,7 +36,8 @@ from streamload.testing import run_on_each_loop
 _KEY = "model.safetensors"
 
 _HUNG_PROCESS = """
-import asyncio, os, sys, threading
+import asyncio, logging, os, sys, threading
+logging.basicConfig()
 from streamload.loan import Loan
 from streamload.sources.local import LocalSource
 

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from streamload.checkpoint import Catalog, ShardFile, TensorInfo
+from streamload.checkpoint import DTYPE_BITS, Catalog, ShardFile, TensorInfo
 from streamload.errors import SourceError, UnsupportedDtypeError
 from streamload.loan import Loan
 from streamload.plan import Batch, Plan, Read, plan_reads
@@ -39,30 +39,6 @@ _PATIENCE_S = 60.0
 _QUIET_TURNS = 10
 
 _KEY = "model.safetensors"
-
-# Bits of one element, for every dtype of the format that torch may have.
-_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
-    "C64": 64,
-    "F4": 4,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,7 +573,7 @@ def _checkpoint(described: Sequence[tuple[str, str, tuple[int, ...]]], *, seed: 
         elements = 1
         for length in shape:
             elements *= length
-        nbytes, rest = divmod(elements * _BITS[dtype], 8)
+        nbytes, rest = divmod(elements * DTYPE_BITS[dtype], 8)
         assert rest == 0, f"{name} does not fill its last byte"
         content = chance.randbytes(nbytes)
         if dtype == "BOOL":

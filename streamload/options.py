@@ -67,9 +67,9 @@ class LoadOptions:
     on_event: OnEvent | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.device, str):
-            object.__setattr__(self, "device", str(self.device))  # a torch.device
-        _check(bool(self.device), "device", self.device, "a device such as cuda:0")
+        if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
+            object.__setattr__(self, "device", str(self.device))
+        _check(isinstance(self.device, str) and bool(self.device), "device", self.device, "a device such as cuda:0")
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             if isinstance(globs, str):

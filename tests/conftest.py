@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, settings
 from streamload.testing.s3server import S3Server, run_ministack
 from tests.servers import S3Bucket
 
-
 # Time is no criterion: machines are shared.
 settings.register_profile("streamload", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("streamload")

@@ -221,7 +221,7 @@ class TestLocal:
         assert (checkpoint.value, checkpoint.ok) == ("cannot be read", False)
         assert "a.safetensors" in checkpoint.note
         assert "\n" not in checkpoint.note
-        assert _find(found, "use", "reads").value == "4 of 8.0 MiB in flight"
+        assert _find(found, "use", "reads").value == f"{LocalSource.concurrency} of 8.0 MiB in flight"
 
     def test_globs_that_match_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "a.safetensors").write_bytes(shard({"a": ("F32", (256,))}))

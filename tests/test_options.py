@@ -230,7 +230,7 @@ class TestDefaultMemory:
         available.setattr("streamload.options.host_limits", lambda: limits)
         assert _resolve().memory_bytes == 1 * _GIB
 
-    @pytest.mark.parametrize("text", ["", "0", "-1", "two", "1.5", "²"])
+    @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "²"])
     def test_ranks_that_are_no_number(self, text: str) -> None:
         with pytest.raises(OptionError, match="LOCAL_WORLD_SIZE="):
             _resolve({"LOCAL_WORLD_SIZE": text})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -18,6 +19,8 @@ T = TypeVar("T")
 # At the interpreter's end: how long to wait for a load to let go. Reads that hang longer than this sit in daemon
 # threads, which the interpreter leaves behind.
 _EXIT_GRACE_S = 10.0
+
+_MAIN_THREADS_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 _live: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -103,6 +106,9 @@ class Engine:
 
     def _run(self) -> None:
         failure: BaseException | None = None
+        # A signal that the kernel gives to this thread, or to one started from it, would not wake a main thread that
+        # waits: Python's handler runs there, but only once that thread does something.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_THREADS_SIGNALS)
         try:
             with asyncio.Runner(loop_factory=self._loop_factory) as runner:
                 runner.run(self._body())

@@ -156,8 +156,8 @@ class TestS3:
 
     def test_no_permission(self, cli: Program, s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
         with s3_bucket.server.client("iam") as iam:
-            iam.create_user(UserName="nobody")
-            key = iam.create_access_key(UserName="nobody")["AccessKey"]
+            iam.create_user(UserName="nobody-at-the-command-line")
+            key = iam.create_access_key(UserName="nobody-at-the-command-line")["AccessKey"]
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", key["AccessKeyId"])
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key["SecretAccessKey"])
         _refused(cli("inspect", f"{s3_bucket.uri}/model"), f"{s3_bucket.uri}/model", "AccessDenied")

@@ -14,6 +14,8 @@ from streamload.sinks.host import HostDelivery, HostSink
 from streamload.sinks.pool import HostPool
 from streamload.testing.sinks import SinkConformance
 
+pytestmark = pytest.mark.torch
+
 KIB = 1 << 10
 MIB = 1 << 20
 

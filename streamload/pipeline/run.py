@@ -2,7 +2,7 @@
 
 ::
 
-    dispatcher ── credit ─► sink.begin ─► bounded queue ─► workers ── sink.lend, read, sink.landed
+    dispatcher ── credit ─► sink.begin ─► queue, on demand ─► workers ── sink.lend, read, sink.landed
                                                                           │ last read of a batch
                                                               sink.finish ▼
                                                                        handoff ─► consumer ── credit back
@@ -81,8 +81,9 @@ class Pipeline:
         self._verifier = verifier
         self._strict = strict
         self._concurrency = concurrency
-        # As long as the workers are many: each finds its next read without waiting for the dispatcher's turn.
-        self._queue: asyncio.Queue[tuple[_OpenBatch, Read] | None] = asyncio.Queue(1)
+        # A worker asks before it waits, so the queue never holds more reads than there are workers.
+        self._queue: asyncio.Queue[tuple[_OpenBatch, Read] | None] = asyncio.Queue()
+        self._wanted = asyncio.Semaphore(0)
         self._open: set[_OpenBatch] = set()
         self._active_reads = 0
         self._untaken = 0
@@ -159,6 +160,10 @@ class Pipeline:
         workers = min(self._concurrency, self._plan.reads)
         for batch in self._plan.batches:
             credit_bytes = self._sink.credit_bytes(batch)
+            if batch.reads:
+                # Not before a worker has nothing to do: memory set aside early is memory touched for the first time,
+                # which costs far more than the microseconds that the worker waits.
+                await self._wanted.acquire()
             await self._acquire(batch, credit_bytes)
             # From here to the batch's place in `_open` nothing is awaited: no cancellation can lose the credit.
             try:
@@ -170,11 +175,13 @@ class Pipeline:
             self._open.add(open_batch)
             if not batch.reads:
                 group.create_task(self._deliver(open_batch))
-            for read in batch.reads:
-                await self._queue.put((open_batch, read))
+            for place, read in enumerate(batch.reads):
+                if place:
+                    await self._wanted.acquire()
+                self._queue.put_nowait((open_batch, read))
         self._dispatched = True
         for _ in range(workers):
-            await self._queue.put(None)
+            self._queue.put_nowait(None)
         self._watch_consumer()
 
     async def _acquire(self, batch: Batch, credit_bytes: int) -> None:
@@ -201,7 +208,11 @@ class Pipeline:
             )
 
     async def _work(self, group: asyncio.TaskGroup, lane: str) -> None:
-        while (item := await self._queue.get()) is not None:
+        while True:
+            self._wanted.release()
+            item = await self._queue.get()
+            if item is None:
+                return
             open_batch, read = item
             await self._read(open_batch, read, lane)
             open_batch.pending -= 1

@@ -1,4 +1,4 @@
-"""Which ranges of an arena are unused: best fit, neighbours joined, and how much of them still holds pages."""
+"""Which ranges of an arena are unused, neighbours joined, and how much of them still holds pages."""
 
 from __future__ import annotations
 
@@ -39,6 +39,17 @@ class FreeSpace:
             if size > nbytes:
                 self._add(start + nbytes, size - nbytes, min(dirty, size - nbytes))
         return start
+
+    def take_from_end(self, nbytes: int) -> int | None:
+        """Take the end of the highest range that is large enough; its start, or None where none is."""
+        for start in reversed(self._starts):
+            size, dirty = self._ranges[start]
+            if size >= nbytes:
+                self._remove(start)
+                if size > nbytes:
+                    self._add(start, size - nbytes, min(dirty, size - nbytes))
+                return start + size - nbytes
+        return None
 
     def give(self, start: int, nbytes: int) -> None:
         """Take a used range back; all of it is dirty."""

@@ -18,6 +18,9 @@ __all__ = ["PAGE_BYTES", "HostPool", "round_to_pages"]
 PAGE_BYTES = mmap.PAGESIZE
 
 
+# Regions smaller than this part of an arena count as small.
+_SMALL_PART = 16
+
 # Larger arenas are of no use: what does not fit one gets another.
 _MAX_ARENA_BYTES = 1 << 30
 
@@ -123,14 +126,19 @@ class HostPool:
         for arena in self._arenas:
             # What is larger than an arena does not share: its own would be cut up, and its pages never be let go.
             if self._is_special(arena) == (size > self._arena_bytes):
-                start = arena.free.take(size)
+                start = self._take(arena, size)
                 if start is not None:
                     return arena, start
         arena = _Arena(max(size, self._arena_bytes))
         self._arenas.append(arena)
-        start = arena.free.take(size)
+        start = self._take(arena, size)
         assert start is not None
         return arena, start
+
+    def _take(self, arena: _Arena, size: int) -> int | None:
+        # Small regions between large ones would leave holes in which no large one fits any more.
+        small = size < self._arena_bytes // _SMALL_PART
+        return arena.free.take_from_end(size) if small else arena.free.take(size)
 
     def _is_special(self, arena: _Arena) -> bool:
         """Whether the arena was made for one region that is larger than arenas usually are."""

@@ -46,6 +46,19 @@ class FreeSpaceMachine(RuleBasedStateMachine):
         assert start in fits
         sizes = [end - begin for begin, end in self.unused() if end - begin >= nbytes]
         assert start in [begin for begin, end in self.unused() if end - begin == min(sizes)], "the smallest that fits"
+        return self.note_taken(start, nbytes)
+
+    @rule(target=taken, nbytes=st.integers(1, 20))
+    def take_from_end(self, nbytes: int) -> object:
+        start = self.space.take_from_end(nbytes)
+        ends = [end for begin, end in self.unused() if end - begin >= nbytes]
+        if start is None:
+            assert not ends
+            return multiple()
+        assert start + nbytes == max(ends), "the end of the highest that fits"
+        return self.note_taken(start, nbytes)
+
+    def note_taken(self, start: int, nbytes: int) -> tuple[int, int]:
         self.used |= set(range(start, start + nbytes))
         self.touched |= set(range(start, start + nbytes))
         return (start, nbytes)

@@ -53,6 +53,19 @@ def test_regions_never_overlap_while_they_live() -> None:
     assert all(bool((tensor == number % 251).all()) for number, tensor in kept)
 
 
+def test_small_regions_leave_no_holes_between_large_ones() -> None:
+    pool = HostPool(16 * MIB)
+    kept, dropped = [], []
+    for _ in range(5):
+        dropped.append(pool.take(3 * MIB))
+        kept.append(pool.take(4096))
+    del dropped
+    whole = pool.take(15 * MIB)
+    assert pool.resident_bytes == 15 * MIB + 5 * 4096 + pool.cached_bytes
+    assert pool.resident_bytes <= 16 * MIB, "it needed another arena"
+    del whole, kept
+
+
 def test_a_kept_region_outlives_the_pool() -> None:
     pool = HostPool(MIB)
     tensor = tensor_over(pool.take(MIB // 2))

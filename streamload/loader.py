@@ -126,7 +126,6 @@ class _Load:
         self._source = open_source(uri, concurrency=None if options.concurrency == "auto" else options.concurrency)
         # Here, on the caller's thread: a CUDA device takes the caller's current stream.
         self._make_sink = sink_for(options.device, self.recorder.copied)
-        self._pipeline: Pipeline | None = None
 
     def start(self) -> None:
         self.engine.start()
@@ -135,11 +134,6 @@ class _Load:
         """Cancel whatever is under way, and wait until nothing of it is left."""
         self.engine.cancel()
         self.engine.join()
-
-    def consumed(self, taken_bytes: int, released_bytes: int, batches: int) -> None:
-        """Tell the engine what the consumer took and has moved past. Called on the consumer's thread."""
-        if self._pipeline is not None:
-            self.engine.post(self._pipeline.consumed, taken_bytes, released_bytes, batches)
 
     def _engine_ended(self, finished: Future[None]) -> None:
         """The engine's thread is about to end: whoever waits must not wait for ever, whatever happened."""
@@ -190,11 +184,14 @@ class _Load:
         options, recorder = self.options, self.recorder
         assert options.memory_bytes is not None
         sink = self._make_sink(
-            memory_bytes=options.memory_bytes, read_bytes=planned.read_bytes, concurrency=planned.concurrency
+            memory_bytes=options.memory_bytes,
+            read_bytes=planned.read_bytes,
+            concurrency=planned.concurrency,
+            congruence_bytes=self._source.congruence_bytes,
         )
         try:
             sink.check(planned.plan.catalog)
-            self._pipeline = Pipeline(
+            pipeline = Pipeline(
                 planned.plan,
                 planned.objects,
                 fetcher=fetcher,
@@ -203,11 +200,12 @@ class _Load:
                 handoff=self.handoff,
                 recorder=recorder,
                 verifier=planned.verifier,
+                post=self.engine.post,
                 concurrency=planned.concurrency,
                 strict=options.strict_memory,
             )
             self.opened.set_result(planned.plan)
-            await self._pipeline.run()
+            await pipeline.run()
         finally:
             self.engine.ignore_cancel()
             await sink.aclose()
@@ -267,7 +265,7 @@ class _Consumer:
             finished = 1 if self._left == 0 else 0
             self._load.recorder.took(item[1].nbytes)
         if taken_bytes or released_bytes or finished:
-            self._load.consumed(taken_bytes, released_bytes, finished)
+            self._load.handoff.acknowledge(taken_bytes=taken_bytes, released_bytes=released_bytes, batches=finished)
         return item
 
     @property

@@ -65,7 +65,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
         assert same_tensor(tensor, expected[name]), name
         assert tensor.is_contiguous()
         if tensor.numel():
-            assert tensor.data_ptr() % 16 == 0, name
+            assert tensor.data_ptr() % 8 == 0, name
 
 
 @pytest.mark.parametrize("memory_bytes", [MIB, 8 * MIB, 256 * MIB])
@@ -498,7 +498,10 @@ def test_a_tensor_above_the_limit_raises_it_and_the_report_says_so(checkpoint: P
     with streamload.stream(checkpoint, memory_bytes=MIB) as stream:
         for _ in stream:
             pass
-    assert stream.report.raised_memory_bytes == 3 * MIB == stream.report.peak_staged_bytes
+    # The tensor, rounded up to pages.
+    assert stream.report.raised_memory_bytes is not None
+    assert 0 <= stream.report.raised_memory_bytes - 3 * MIB <= 4096
+    assert stream.report.peak_staged_bytes == stream.report.raised_memory_bytes
     assert "raised to 3.0 MiB" in str(stream.report)
 
 

@@ -1,16 +1,17 @@
-"""From the engine's thread to the consumer's: finished batches, and the load's end."""
+"""Between the engine's thread and the consumer's: finished batches and the load's end one way, receipts the other."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from streamload.errors import ClosedError
 from streamload.sinks.base import Delivery
 
-__all__ = ["Finished", "Handoff"]
+__all__ = ["Finished", "Handoff", "Receipts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,24 @@ class Finished:
     tensors: int
     tensor_bytes: int
     credit_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipts:
+    """What the consumer has done.
+
+    Attributes:
+        taken_bytes: Credit of the batches that it took.
+        released_bytes: Credit of the batches that it has moved past.
+        batches: How many it took to the last tensor.
+    """
+
+    taken_bytes: int = 0
+    released_bytes: int = 0
+    batches: int = 0
+
+
+_NO_RECEIPTS = Receipts()
 
 
 class Handoff:
@@ -52,6 +71,8 @@ class Handoff:
         self._ended = False
         self._error: BaseException | None = None
         self._waiter: Future[None] | None = None
+        self._receipts = _NO_RECEIPTS
+        self._listener: Callable[[], None] | None = None
 
     def put(self, batch: Finished) -> None:
         """Called by the engine: a batch has finished."""
@@ -109,6 +130,28 @@ class Handoff:
             else:
                 self._waiter = future
             return future
+
+    def acknowledge(self, *, taken_bytes: int = 0, released_bytes: int = 0, batches: int = 0) -> None:
+        """Called by the consumer: what it has done since last time, see `Receipts`."""
+        with self._lock:
+            had = self._receipts
+            self._receipts = Receipts(
+                had.taken_bytes + taken_bytes, had.released_bytes + released_bytes, had.batches + batches
+            )
+            listener, self._listener = self._listener, None
+        if listener is not None:
+            listener()
+
+    def receipts(self, listener: Callable[[], None] | None = None) -> Receipts:
+        """Called by the engine: what was acknowledged and not yet returned here.
+
+        Args:
+            listener: Called once, on the consumer's thread, when there is more. None: nobody is told.
+        """
+        with self._lock:
+            receipts, self._receipts = self._receipts, _NO_RECEIPTS
+            self._listener = listener
+        return receipts
 
     def __len__(self) -> int:
         """How many batches wait for the consumer."""

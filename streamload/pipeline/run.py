@@ -2,10 +2,10 @@
 
 ::
 
-    dispatcher ── credit ─► sink.begin ─► queue, on demand ─► workers ── sink.lend, read, sink.landed
-                                                                          │ last read of a batch
-                                                              sink.finish ▼
-                                                                       handoff ─► consumer ── credit back
+    plan ─► next read, in a worker's turn: credit, sink.begin ─► sink.lend, read, sink.landed
+                                                                   │ last read of a batch
+                                                       sink.finish ▼
+                                                                handoff ─► consumer ── receipts, credit back
 
 All of it runs on the engine's loop, in one TaskGroup: the first error cancels everything.
 """
@@ -13,7 +13,8 @@ All of it runs on the engine's loop, in one TaskGroup: the first error cancels e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamload.errors import MemoryLimitError
@@ -53,6 +54,7 @@ class Pipeline:
         handoff: Where finished batches go.
         recorder: What is told of it all.
         verifier: Checks what arrives.
+        post: Calls a function on the engine's loop, from the consumer's thread.
         concurrency: How many reads are in flight at most.
         strict: Whether a tensor that is larger than the budget is an error.
     """
@@ -68,6 +70,7 @@ class Pipeline:
         handoff: Handoff,
         recorder: Recorder,
         verifier: Verifier,
+        post: Callable[[Callable[[], object]], None],
         concurrency: int,
         strict: bool = False,
     ) -> None:
@@ -80,16 +83,15 @@ class Pipeline:
         self._recorder = recorder
         self._verifier = verifier
         self._strict = strict
-        self._concurrency = concurrency
-        # A worker asks before it waits, so the queue never holds more reads than there are workers.
-        self._queue: asyncio.Queue[tuple[_OpenBatch, Read] | None] = asyncio.Queue()
-        self._wanted = asyncio.Semaphore(0)
+        self._post = post
+        self._workers = max(1, min(concurrency, plan.reads))
+        self._batches = iter(plan.batches)
+        self._reads: deque[tuple[_OpenBatch, Read]] = deque()  # of the batch that was begun last
+        self._turn = asyncio.Lock()
         self._open: set[_OpenBatch] = set()
-        self._active_reads = 0
         self._untaken = 0
         self._untaken_bytes = 0
-        self._over = False
-        self._dispatched = False
+        # Nothing can go on before the consumer has done something.
         self._starved = False
         self._consumer_watched = False
         self._all_taken = asyncio.Event()
@@ -108,39 +110,41 @@ class Pipeline:
             self._refuse_large()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._dispatch(group), name="dispatcher")
-                for number in range(min(self._concurrency, self._plan.reads)):
+                for number in range(self._workers):
                     group.create_task(self._work(group, f"worker {number}"), name=f"worker {number}")
+            self._starved = True
+            self._settle()
             while self._untaken:
                 self._all_taken.clear()
                 await self._all_taken.wait()
         finally:
             # What has failed or was cancelled is not handed out any more, finished or not.
-            self._over = True
+            self._starved = False
+            self._settle()
             self._budget.give_back(self._untaken_bytes + sum(open_batch.credit_bytes for open_batch in self._open))
             for open_batch in self._open:
                 self._sink.abandon(open_batch.lease)
             self._open.clear()
 
-    def consumed(self, taken_bytes: int, released_bytes: int, batches: int) -> None:
-        """The consumer took batches, or moved past some; called on the engine's loop, in the order in which it did.
+    def _settle(self) -> None:
+        """Book what the consumer has taken and let go of.
 
-        Args:
-            taken_bytes: Credit of the batches that it took.
-            released_bytes: Credit of the batches that it has moved past.
-            batches: How many it took to the last tensor.
+        Done when it matters, and only then: to be told of each tensor would wake this thread as often as all its reads.
         """
-        if self._over:
-            return
-        if taken_bytes:
-            self._untaken_bytes -= taken_bytes
-            self._budget.taken(taken_bytes)
-        if released_bytes:
-            self._budget.release(released_bytes)
-        self._untaken -= batches
+        receipts = self._handoff.receipts(self._heard if self._starved else None)
+        if receipts.taken_bytes:
+            self._untaken_bytes -= receipts.taken_bytes
+            self._budget.taken(receipts.taken_bytes)
+        if receipts.released_bytes:
+            self._budget.release(receipts.released_bytes)
+        self._untaken -= receipts.batches
         if self._untaken == 0:
             self._all_taken.set()
         self._watch_consumer()
+
+    def _heard(self) -> None:
+        """Called on the consumer's thread when there are receipts."""
+        self._post(self._settle)
 
     def _refuse_large(self) -> None:
         """With a strict limit: find the tensor that would raise it, before anything is read."""
@@ -156,45 +160,63 @@ class Pipeline:
                     end=largest.end,
                 )
 
-    async def _dispatch(self, group: asyncio.TaskGroup) -> None:
-        workers = min(self._concurrency, self._plan.reads)
-        for batch in self._plan.batches:
-            credit_bytes = self._sink.credit_bytes(batch)
-            if batch.reads:
-                # Not before a worker has nothing to do: memory set aside early is memory touched for the first time,
-                # which costs far more than the microseconds that the worker waits.
-                await self._wanted.acquire()
-            await self._acquire(batch, credit_bytes)
-            # From here to the batch's place in `_open` nothing is awaited: no cancellation can lose the credit.
-            try:
-                lease = self._sink.begin(batch, self._budget.spare_bytes)
-            except BaseException:
-                self._budget.give_back(credit_bytes)
-                raise
-            open_batch = _OpenBatch(batch, lease, credit_bytes)
-            self._open.add(open_batch)
-            if not batch.reads:
+    async def _work(self, group: asyncio.TaskGroup, lane: str) -> None:
+        while (item := await self._next(group)) is not None:
+            open_batch, read = item
+            await self._read(open_batch, read, lane)
+            open_batch.pending -= 1
+            if open_batch.pending == 0:
+                # In a task of its own: a copy to the device that is still under way must not keep this worker.
                 group.create_task(self._deliver(open_batch))
-            for place, read in enumerate(batch.reads):
-                if place:
-                    await self._wanted.acquire()
-                self._queue.put_nowait((open_batch, read))
-        self._dispatched = True
-        for _ in range(workers):
-            self._queue.put_nowait(None)
-        self._watch_consumer()
+
+    async def _next(self, group: asyncio.TaskGroup) -> tuple[_OpenBatch, Read] | None:
+        """The next read of the plan, or None at its end.
+
+        A batch is begun when a worker asks for its first read and not before: memory set aside early is memory touched
+        for the first time, which costs far more than the microseconds that the worker waits.
+        """
+        # Held while its holder waits for credit: who comes later must not overtake the plan. A holder that is cancelled
+        # lets go, and takes nothing with it.
+        async with self._turn:
+            while not self._reads:
+                batch = next(self._batches, None)
+                if batch is None:
+                    return None
+                open_batch = await self._begin(batch)
+                self._reads.extend((open_batch, read) for read in batch.reads)
+                if not batch.reads:
+                    group.create_task(self._deliver(open_batch))
+            return self._reads.popleft()
+
+    async def _begin(self, batch: Batch) -> _OpenBatch:
+        """Get a batch's credit, then its memory."""
+        credit_bytes = self._sink.credit_bytes(batch)
+        await self._acquire(batch, credit_bytes)
+        # From here to the batch's place in `_open` nothing is awaited: no cancellation can lose the credit.
+        try:
+            lease = self._sink.begin(batch, self._budget.spare_bytes)
+        except BaseException:
+            self._budget.give_back(credit_bytes)
+            raise
+        open_batch = _OpenBatch(batch, lease, credit_bytes)
+        self._open.add(open_batch)
+        return open_batch
 
     async def _acquire(self, batch: Batch, credit_bytes: int) -> None:
-        raised_before = self._budget.raised_bytes
-        self._starved = not self._budget.fits(credit_bytes)
-        self._watch_consumer()
-        await self._budget.acquire(credit_bytes)
-        self._starved = False
-        self._watch_consumer()
-        recorder = self._recorder
-        recorder.peak_staged_bytes = self._budget.peak_bytes
-        if self._budget.raised_bytes > raised_before:
-            recorder.raised_memory_bytes = self._budget.raised_bytes
+        budget, recorder = self._budget, self._recorder
+        raised_before = budget.raised_bytes
+        self._settle()
+        if not budget.fits(credit_bytes):
+            self._starved = True
+            self._settle()
+            await budget.acquire(credit_bytes)
+            self._starved = False
+            self._watch_consumer()
+        else:
+            await budget.acquire(credit_bytes)
+        recorder.peak_staged_bytes = budget.peak_bytes
+        if budget.raised_bytes > raised_before:
+            recorder.raised_memory_bytes = budget.raised_bytes
             file = self._plan.catalog.files[batch.file]
             recorder.event(
                 "limit",
@@ -204,21 +226,8 @@ class Pipeline:
                 start=batch.tensors[0].start,
                 end=batch.tensors[-1].end,
                 nbytes=credit_bytes,
-                detail=f"more than memory_bytes={self._budget.limit_bytes}: it goes alone",
+                detail=f"more than memory_bytes={budget.limit_bytes}: it goes alone",
             )
-
-    async def _work(self, group: asyncio.TaskGroup, lane: str) -> None:
-        while True:
-            self._wanted.release()
-            item = await self._queue.get()
-            if item is None:
-                return
-            open_batch, read = item
-            await self._read(open_batch, read, lane)
-            open_batch.pending -= 1
-            if open_batch.pending == 0:
-                # In a task of its own: a copy to the device that is still under way must not keep this worker.
-                group.create_task(self._deliver(open_batch))
 
     async def _read(self, open_batch: _OpenBatch, read: Read, lane: str) -> None:
         sink, recorder = self._sink, self._recorder
@@ -226,7 +235,6 @@ class Pipeline:
         loan = await sink.lend(open_batch.lease, read)
         started_s = recorder.now()
         recorder.start("read")
-        self._active_reads += 1
         try:
             await self._fetcher.read(object, read.start, read.end, loan, lane)
             self._verifier.add(object.key, read.start, loan.views)
@@ -235,7 +243,6 @@ class Pipeline:
             recorder.quarantined_bytes = sink.quarantined_bytes
             raise
         finally:
-            self._active_reads -= 1
             recorder.stop("read")
         recorder.reads += 1
         recorder.fetched_bytes += read.nbytes
@@ -253,9 +260,8 @@ class Pipeline:
         self._watch_consumer()
 
     def _watch_consumer(self) -> None:
-        """Count the time in which nothing can be read, only because finished tensors wait to be taken."""
-        idle = self._starved or (self._dispatched and self._active_reads == 0)
-        waiting = idle and self._untaken > 0
+        """Count the time in which nothing can go on, only because finished tensors wait to be taken."""
+        waiting = self._starved and self._untaken > 0
         if waiting != self._consumer_watched:
             self._consumer_watched = waiting
             if waiting:

@@ -16,9 +16,18 @@ OnCopy = Callable[[float, float, int, str], None]
 
 
 class MakeSink(Protocol):
-    """Makes the sink once it is known how the load will read."""
+    """Makes the sink once it is known how the load will read.
 
-    def __call__(self, *, memory_bytes: int, read_bytes: int, concurrency: int) -> Sink[Any]: ...
+    Args:
+        memory_bytes: The load's memory limit.
+        read_bytes: How large a read is at most.
+        concurrency: How many reads are in flight at most.
+        congruence_bytes: See `streamload.sources.base.Source`.
+    """
+
+    def __call__(
+        self, *, memory_bytes: int, read_bytes: int, concurrency: int, congruence_bytes: int = 1
+    ) -> Sink[Any]: ...
 
 
 def sink_for(device: str, on_copy: OnCopy) -> MakeSink:
@@ -36,13 +45,15 @@ def sink_for(device: str, on_copy: OnCopy) -> MakeSink:
     if device == "cpu":
         from streamload.sinks.host import HostSink
 
-        return lambda *, memory_bytes, read_bytes, concurrency: HostSink(memory_bytes)
+        return lambda *, memory_bytes, read_bytes, concurrency, congruence_bytes=1: HostSink(
+            memory_bytes, congruence_bytes=congruence_bytes
+        )
     if device == "cuda" or device.startswith("cuda:"):
         from streamload.sinks.cuda import CudaSink
         from streamload.sinks.device import open_device
 
         opened = open_device(device)
-        return lambda *, memory_bytes, read_bytes, concurrency: CudaSink(
+        return lambda *, memory_bytes, read_bytes, concurrency, congruence_bytes=1: CudaSink(
             opened,
             read_bytes=read_bytes,
             concurrency=concurrency,

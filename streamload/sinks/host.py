@@ -7,7 +7,7 @@ it one by one as the consumer takes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from streamload.checkpoint import Catalog, TensorInfo
@@ -30,21 +30,28 @@ _SMALL_BYTES = 64 << 10
 _QUARANTINED: list[memoryview] = []
 
 
+# Everything that a tensor's elements need, and what memory from elsewhere has at least.
+_ALIGNMENT_BYTES = 8
+
+
 class HostLease(Lease):
     """A batch's memory on the host: a region for each large tensor, and one that the small ones and the gaps share."""
 
     __slots__ = ("quarantined", "regions", "shared", "shared_starts")
 
-    def __init__(self, batch: Batch, pool: HostPool) -> None:
+    def __init__(self, batch: Batch, pool: HostPool, offset: Callable[[int, int], int]) -> None:
         super().__init__(batch)
-        self.regions: dict[int, memoryview] = {}
+        self.regions: dict[int, _Region] = {}
         self.shared_starts: dict[int, int] = {}
         self.quarantined = False
         shared_bytes = _shared_bytes(batch)
-        self.shared = pool.take(shared_bytes) if shared_bytes else memoryview(b"")
+        self.shared = _NO_REGION
+        if shared_bytes:
+            self.shared = _Region(pool, shared_bytes, offset(batch.reads[0].start, shared_bytes))
         for place, tensor in enumerate(batch.tensors):
             if _is_large(tensor):
-                self.regions[place] = pool.take(tensor.end - tensor.start)
+                nbytes = tensor.end - tensor.start
+                self.regions[place] = _Region(pool, nbytes, offset(tensor.start, nbytes))
 
     def views(self, read: Read) -> list[memoryview]:
         """The memory for one read, in the order of its bytes."""
@@ -52,7 +59,7 @@ class HostLease(Lease):
             # Several reads mean a single tensor with bytes.
             ((place, start, _, nbytes),) = read.pieces
             self.shared_starts[place] = 0
-            return [self.regions.get(place, self.shared)[start : start + nbytes]]
+            return [self.regions.get(place, self.shared).view(start, start + nbytes)]
         views: list[memoryview] = []
         shared_start = shared_end = 0  # the run of small tensors and gaps that is not yet in `views`
         position = 0
@@ -64,10 +71,28 @@ class HostLease(Lease):
                 self.shared_starts[piece.tensor] = shared_end
                 shared_end += piece.nbytes
             else:
-                views += (self.shared[shared_start:shared_end], region)
+                views += (self.shared.view(shared_start, shared_end), region.view(0, region.nbytes))
                 shared_start = shared_end
-        views.append(self.shared[shared_start:shared_end])
+        views.append(self.shared.view(shared_start, shared_end))
         return views
+
+
+class _Region:
+    """The part of a region of the pool's that begins at an offset."""
+
+    __slots__ = ("memory", "nbytes", "offset")
+
+    def __init__(self, pool: HostPool | None, nbytes: int, offset: int) -> None:
+        # The object that the pool gave is what keeps the region; a slice of it does not.
+        self.memory = memoryview(b"") if pool is None else pool.take(offset + nbytes)
+        self.nbytes = nbytes
+        self.offset = offset
+
+    def view(self, start: int, end: int) -> memoryview:
+        return self.memory[self.offset + start : self.offset + end]
+
+
+_NO_REGION = _Region(None, 0, 0)
 
 
 class HostDelivery(Delivery):
@@ -86,10 +111,10 @@ class HostDelivery(Delivery):
                 yield tensor.name, _empty(tensor)
             elif place in lease.regions:
                 # Popped, so that from here on the tensor alone keeps its region.
-                yield tensor.name, _tensor(tensor, lease.regions.pop(place))
+                yield tensor.name, _own(tensor, lease.regions.pop(place))
             else:
                 start = lease.shared_starts[place]
-                yield tensor.name, _tensor(tensor, bytearray(lease.shared[start : start + nbytes]))
+                yield tensor.name, _tensor(tensor, bytearray(lease.shared.view(start, start + nbytes)))
 
 
 class HostSink(Sink[HostLease]):
@@ -97,9 +122,12 @@ class HostSink(Sink[HostLease]):
 
     Args:
         memory_bytes: The load's memory limit; how much address space the pool sets aside at a time.
+        congruence_bytes: A tensor's address is congruent to its place in the file modulo this power of two, where that
+            leaves it aligned to 8 bytes.
     """
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, *, congruence_bytes: int = 1) -> None:
+        self._congruence_bytes = congruence_bytes
         self._memory_bytes = memory_bytes
         self._pool = HostPool(memory_bytes)
         self._quarantined_bytes = 0
@@ -108,19 +136,33 @@ class HostSink(Sink[HostLease]):
         check_dtypes(catalog)
 
     def credit_bytes(self, batch: Batch) -> int:
-        large = sum(round_to_pages(tensor.end - tensor.start) for tensor in batch.tensors if _is_large(tensor))
-        return large + round_to_pages(_shared_bytes(batch))
+        large = sum(
+            self._region_bytes(tensor.start, tensor.end - tensor.start) for tensor in batch.tensors if _is_large(tensor)
+        )
+        shared_bytes = _shared_bytes(batch)
+        return large + (self._region_bytes(batch.reads[0].start, shared_bytes) if shared_bytes else 0)
+
+    def _region_bytes(self, start: int, nbytes: int) -> int:
+        return round_to_pages(self._offset(start, nbytes) + nbytes)
+
+    def _offset(self, start: int, nbytes: int) -> int:
+        """Where in its region that begins, and has so many bytes, which begins at `start` in its file."""
+        offset = start % self._congruence_bytes
+        # What just fits the limit must not exceed it for this.
+        exceeds = nbytes <= self._memory_bytes < round_to_pages(offset + nbytes)
+        return 0 if exceeds or offset % _ALIGNMENT_BYTES else offset
 
     def begin(self, batch: Batch, spare_bytes: int) -> HostLease:
         try:
-            lease = HostLease(batch, self._pool)
+            lease = HostLease(batch, self._pool, self._offset)
         except (MemoryError, OSError, OverflowError) as error:
             nbytes, name = self.credit_bytes(batch), batch.tensors[0].name
             raise MemoryLimitError(f"the system does not give {nbytes} bytes for tensor {name!r}: {error}") from error
         # While nothing is kept, the pool is no larger than the limit and all of it is used again and again. Tensors
         # that the consumer keeps make it grow: then what is unused must not come on top.
-        if self._pool.resident_bytes > self._memory_bytes:
-            self._pool.trim(spare_bytes)
+        excess = self._pool.resident_bytes - self._memory_bytes
+        if excess > 0:
+            self._pool.trim(max(spare_bytes, self._pool.cached_bytes - excess))
         return lease
 
     async def lend(self, lease: HostLease, read: Read) -> Loan:
@@ -132,13 +174,13 @@ class HostSink(Sink[HostLease]):
     def failed(self, lease: HostLease, read: Read, loan: Loan) -> None:
         if loan.quarantined and not lease.quarantined:
             lease.quarantined = True
-            kept = [lease.shared, *lease.regions.values()]
+            kept = [region.memory for region in (lease.shared, *lease.regions.values())]
             _QUARANTINED.extend(kept)
             self._quarantined_bytes += sum(view.nbytes for view in kept)
 
     def abandon(self, lease: HostLease) -> None:
         lease.regions.clear()
-        lease.shared = memoryview(b"")
+        lease.shared = _NO_REGION
 
     async def finish(self, lease: HostLease) -> HostDelivery:
         return HostDelivery(lease)
@@ -161,10 +203,14 @@ def _shared_bytes(batch: Batch) -> int:
     return sum(read.nbytes for read in batch.reads) - large
 
 
-def _tensor(tensor: TensorInfo, memory: memoryview | bytearray) -> torch.Tensor:
+def _own(tensor: TensorInfo, region: _Region) -> torch.Tensor:
+    return _tensor(tensor, region.memory, region.offset)
+
+
+def _tensor(tensor: TensorInfo, memory: memoryview | bytearray, offset: int = 0) -> torch.Tensor:
     import torch
 
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, offset=offset)
     return flat.view(torch_dtypes()[tensor.dtype]).view(torch_shape(tensor))
 
 

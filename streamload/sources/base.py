@@ -42,6 +42,8 @@ class Source(ABC):
         request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
         read_bytes: How large a read should be where the caller says nothing.
         concurrency: How many reads should be in flight where the caller says nothing.
+        congruence_bytes: Reads are fastest into addresses that are congruent to the bytes' place in the object modulo
+            this power of two; 1 where it makes no difference.
         requests: How many requests (or system calls that read) have been sent so far.
     """
 
@@ -49,6 +51,7 @@ class Source(ABC):
     request_cost_bytes: ClassVar[int]
     read_bytes: ClassVar[int]
     concurrency: ClassVar[int]
+    congruence_bytes: ClassVar[int] = 1
 
     def __init__(self, uri: str) -> None:
         self.uri = scrub_uri(uri)

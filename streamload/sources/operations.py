@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 from streamload.errors import ClosedError
 
@@ -22,31 +21,21 @@ class Operations:
         self._running: set[asyncio.Timeout] = set()
         self._all_left = asyncio.Event()
 
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    def running(self) -> _Operation:
         """Hold one operation, which `close` cancels and which then ends with ClosedError.
 
         Raises:
-            ClosedError: The source is closed, or was while the operation ran.
+            ClosedError: On entering it: the source is closed. On leaving it: the source was closed meanwhile.
         """
-        if self.closed:
-            raise ClosedError("the source was closed")
-        # A timeout that has no instant yet: `close` sets it to now. Its cancellation and one from outside are told
-        # apart by the standard library's own accounts.
-        scope = asyncio.timeout(None)
-        try:
-            async with scope:
-                self._running.add(scope)
-                try:
-                    yield
-                finally:
-                    self._running.discard(scope)
-                    if not self._running:
-                        self._all_left.set()
-        except TimeoutError:
-            if scope.expired():
-                raise ClosedError("the source was closed") from None
-            raise
+        return _Operation(self)
+
+    def _enter(self, scope: asyncio.Timeout) -> None:
+        self._running.add(scope)
+
+    def _leave(self, scope: asyncio.Timeout) -> None:
+        self._running.discard(scope)
+        if not self._running:
+            self._all_left.set()
 
     async def close(self) -> None:
         """Cancel what is running and wait until it has ended. May be called twice, and while another call waits."""
@@ -58,3 +47,32 @@ class Operations:
         while self._running:
             self._all_left.clear()
             await self._all_left.wait()
+
+
+class _Operation:
+    """A timeout that has no instant yet: `Operations.close` sets it to now.
+
+    So the cancellation by closing and one from outside are told apart by the standard library's own accounts. A class
+    rather than a generator, because it is entered for every read.
+    """
+
+    __slots__ = ("_operations", "_scope")
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+        self._scope = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        if self._operations.closed:
+            raise ClosedError("the source was closed")
+        await self._scope.__aenter__()
+        self._operations._enter(self._scope)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._operations._leave(self._scope)
+        try:
+            await self._scope.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise ClosedError("the source was closed") from None

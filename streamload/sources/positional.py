@@ -13,9 +13,9 @@ __all__ = ["OpenFile", "ReadJob", "version_of"]
 # Linux refuses more views in one call (IOV_MAX in limits.h).
 _MAX_VIEWS = 1024
 
-# A cancelled read waits for the call that is under way, so one call must be short: 40 ms on a disk of 100 MB/s. From
-# the page cache, where a call takes half a millisecond, what Python adds to it does not show.
-_MAX_CALL_BYTES = 4 << 20
+# A cancelled read waits for the call that is under way, so one call must be short: 80 ms on a disk of 100 MB/s. Not
+# shorter, because the thread waits for its turn with the interpreter after each.
+_MAX_CALL_BYTES = 8 << 20
 
 # Without O_NONBLOCK, opening what has become a FIFO since it was listed would wait for a writer; files ignore it.
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY

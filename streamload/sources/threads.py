@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
-__all__ = ["DaemonExecutor"]
+__all__ = ["DaemonExecutor", "ThreadCall"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_Job = tuple[Future[Any], Callable[[], Any]]
+_Job = tuple[Future[Any] | None, Callable[[], Any]]
 
 
 class DaemonExecutor(Executor):
@@ -48,17 +49,24 @@ class DaemonExecutor(Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue a call; see `concurrent.futures.Executor.submit`."""
         future: Future[T] = Future()
+        self._put(future, partial(fn, *args, **kwargs))
+        return future
+
+    def post(self, fn: Callable[[], None]) -> None:
+        """Queue a call that tells its outcome by itself, and must not raise: half the cost of `submit`."""
+        self._put(None, fn)
+
+    def _put(self, future: Future[Any] | None, fn: Callable[[], Any]) -> None:
         with self._lock:
             if self._shut_down:
                 raise RuntimeError("the executor was shut down")
-            self._jobs.put((future, partial(fn, *args, **kwargs)))
+            self._jobs.put((future, fn))
             if len(self._threads) < self._max_workers:
                 name = f"{self._name}-{len(self._threads)}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
                 self._threads.append(thread)
                 self._working += 1
                 thread.start()
-        return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls and let the threads end once the queue is empty.
@@ -95,7 +103,7 @@ class DaemonExecutor(Executor):
                 break
             if job is None:
                 stops += 1
-            else:
+            elif job[0] is not None:
                 job[0].cancel()
         # A second shutdown meets what the first one put in to stop the threads.
         for _ in range(stops):
@@ -103,9 +111,13 @@ class DaemonExecutor(Executor):
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            _run(*job)
+            future, fn = job
+            if future is None:
+                fn()
+            else:
+                _run(future, fn)
             # A finished job holds its arguments, and through them memory that was lent for one read only.
-            del job
+            del job, future, fn
         with self._lock:
             self._working -= 1
             last = not self._working
@@ -124,3 +136,77 @@ def _run(future: Future[Any], call: Callable[[], Any]) -> None:
         del future, call
     else:
         future.set_result(result)
+
+
+class ThreadCall(Generic[T]):
+    """One blocking call, made on a thread and awaited on an event loop.
+
+    Unlike a future's, its cancellation is not the end of it: the one who was cancelled can take the call back before it
+    has begun, and else wait until the thread has left it.
+
+    Args:
+        threads: Where it is queued, at once.
+        fn: The call.
+    """
+
+    __slots__ = ("_fn", "_loop", "_ticket", "_waiter", "over")
+
+    def __init__(self, threads: DaemonExecutor, fn: Callable[[], T]) -> None:
+        #: Whether the thread has left the call.
+        self.over = False
+        self._fn: Callable[[], T] | None = fn
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[T] = self._loop.create_future()
+        self._ticket = [None]  # whoever pops it, which is atomic, has the call: a thread, or the one who takes it back
+        threads.post(self._run)
+
+    async def result(self) -> T:
+        """What the call returns or raises. Cancelled, the call goes on: `take_back` it, or wait until it has `left`."""
+        return await self._waiter
+
+    def take_back(self) -> bool:
+        """Whether there is nothing to wait for: it had not begun and never will, or the thread has left it."""
+        return self._claim() or self.over
+
+    async def left(self, timeout_s: float) -> bool:
+        """Wait until the thread has left the call, for at most so many seconds, whoever cancels; whether it has."""
+        deadline = self._loop.time() + timeout_s
+        while not self.over and (left_s := deadline - self._loop.time()) > 0:
+            self._waiter = self._loop.create_future()
+            try:
+                await asyncio.wait({self._waiter}, timeout=left_s)
+            except asyncio.CancelledError:
+                # Cancelled once more. The caller raises the first one; until then the memory is not ours to return.
+                continue
+        return self.over
+
+    def _claim(self) -> bool:
+        try:
+            self._ticket.pop()
+        except IndexError:
+            return False
+        return True
+
+    def _run(self) -> None:
+        if not self._claim():
+            return
+        fn, self._fn = self._fn, None
+        assert fn is not None
+        try:
+            outcome = partial(self._return, fn())
+        except BaseException as error:
+            outcome = partial(self._raise, error)
+        try:
+            self._loop.call_soon_threadsafe(outcome)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
+
+    def _return(self, result: T) -> None:
+        self.over = True
+        if not self._waiter.done():
+            self._waiter.set_result(result)
+
+    def _raise(self, error: BaseException) -> None:
+        self.over = True
+        if not self._waiter.done():
+            self._waiter.set_exception(error)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamload.errors import ClosedError, StreamloadError
-from streamload.pipeline.handoff import Finished, Handoff
+from streamload.pipeline.handoff import Finished, Handoff, Receipts
 from streamload.sinks.base import Delivery, NamedTensor
 
 
@@ -123,3 +123,50 @@ def test_a_cancelled_wait_loses_nothing() -> None:
             assert found.index == index
 
     asyncio.run(scenario())
+
+
+def test_receipts_add_up_and_are_given_once() -> None:
+    handoff = Handoff(in_order=False)
+    assert handoff.receipts() == Receipts()
+    handoff.acknowledge(taken_bytes=10)
+    handoff.acknowledge(taken_bytes=5, batches=1)
+    handoff.acknowledge(released_bytes=10)
+    assert handoff.receipts() == Receipts(taken_bytes=15, released_bytes=10, batches=1)
+    assert handoff.receipts() == Receipts()
+
+
+def test_a_listener_is_told_once() -> None:
+    handoff = Handoff(in_order=False)
+    told: list[int] = []
+    handoff.acknowledge(batches=1)
+    handoff.receipts(lambda: told.append(1))
+    assert told == [], "what was returned is no news"
+    handoff.acknowledge(batches=1)
+    handoff.acknowledge(batches=1)
+    assert told == [1]
+    handoff.receipts(lambda: told.append(2))
+    handoff.receipts()
+    handoff.acknowledge(batches=1)
+    assert told == [1], "who asks without a listener wants no news any more"
+
+
+def test_no_receipt_is_missed_whenever_it_comes() -> None:
+    """The engine sleeps whenever there was nothing, and a receipt may come at any moment before it does."""
+    handoff = Handoff(in_order=False)
+    total = 5000
+
+    def consume() -> None:
+        for _ in range(total):
+            handoff.acknowledge(taken_bytes=3, released_bytes=3, batches=1)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    batches = 0
+    while batches < total:
+        news = threading.Event()
+        batches += handoff.receipts(news.set).batches
+        if batches < total:
+            assert news.wait(10), "the engine was not told"
+    consumer.join()
+    assert batches == total
+    assert handoff.receipts() == Receipts()

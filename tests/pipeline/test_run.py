@@ -73,7 +73,6 @@ class Run:
         self.budget = Budget(memory_bytes)
         self.handoff = Handoff(in_order=order == "file")
         self.tensors: dict[str, torch.Tensor] = {}
-        self.pipeline: Pipeline | None = None
 
     async def run(self) -> None:
         """Load; raises what the pipeline raises, and checks what must hold whatever happens."""
@@ -99,7 +98,7 @@ class Run:
         planned = await plan_load(self.source, fetcher, self.recorder, self.options)
         sink = HostSink(self.budget.limit_bytes)
         sink.check(planned.plan.catalog)
-        self.pipeline = Pipeline(
+        pipeline = Pipeline(
             planned.plan,
             planned.objects,
             fetcher=fetcher,
@@ -108,12 +107,16 @@ class Run:
             handoff=self.handoff,
             recorder=self.recorder,
             verifier=planned.verifier,
+            post=self._post,
             concurrency=planned.concurrency,
         )
         try:
-            await self.pipeline.run()
+            await pipeline.run()
         finally:
             await sink.aclose()
+
+    def _post(self, callback: Callable[[], object]) -> None:
+        asyncio.get_running_loop().call_soon(callback)
 
     async def _consume(self) -> None:
         await self._before_consuming()
@@ -125,8 +128,7 @@ class Run:
             for name, tensor in batch.delivery.tensors():
                 assert name not in self.tensors, "a tensor came twice"
                 self.tensors[name] = tensor
-            assert self.pipeline is not None
-            self.pipeline.consumed(batch.credit_bytes, batch.credit_bytes, 1)
+            self.handoff.acknowledge(taken_bytes=batch.credit_bytes, released_bytes=batch.credit_bytes, batches=1)
 
 
 def run(scenario: Callable[[], Awaitable[None]], loop: str = "asyncio") -> None:

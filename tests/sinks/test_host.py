@@ -53,13 +53,13 @@ class TestSmallHostSink(TestHostSink):
     arena_bytes: ClassVar[int] = 100 * KIB
 
 
-def catalog(*sizes: int) -> Catalog:
+def catalog(*sizes: int, start: int = 100) -> Catalog:
     tensors = []
-    position = 100
+    position = start
     for number, size in enumerate(sizes):
         tensors.append(TensorInfo(str(number), "U8", (size,), position, position + size))
         position += size
-    return Catalog((ShardFile("x.safetensors", position, 100, tuple(tensors)),))
+    return Catalog((ShardFile("x.safetensors", position, start, tuple(tensors)),))
 
 
 def test_large_tensors_are_read_into_their_own_memory_and_not_copied() -> None:
@@ -95,13 +95,51 @@ def test_what_a_kept_small_tensor_keeps_alive_is_itself() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(10,), (65_536,), (65_537, 3, 70_000), (5_000_000,), (0, 0)])
-def test_credit_is_what_the_pool_gives_out(sizes: tuple[int, ...]) -> None:
-    sink = HostSink(16 * MIB)
+@pytest.mark.parametrize("congruence_bytes", [1, 64])
+def test_credit_is_what_the_pool_gives_out(sizes: tuple[int, ...], congruence_bytes: int) -> None:
+    sink = HostSink(16 * MIB, congruence_bytes=congruence_bytes)
     leases = []
-    for batch in plan_reads(catalog(*sizes), read_bytes=MIB, gap_bytes=0).batches:
+    for batch in plan_reads(catalog(*sizes, start=104), read_bytes=MIB, gap_bytes=0).batches:
         before = sink._pool.resident_bytes
         leases.append(sink.begin(batch, 16 * MIB))
         assert sink._pool.resident_bytes - before == sink.credit_bytes(batch)
+
+
+class TestCongruentHostSink(TestHostSink):
+    """Addresses that follow the places in the file."""
+
+    def make_sink(self, *, read_bytes: int, concurrency: int) -> Sink[Any]:
+        sink = HostSink(self.arena_bytes, congruence_bytes=64)
+        sink._pool = self.pool = WatchedPool(self.arena_bytes)
+        return sink
+
+
+@pytest.mark.parametrize("header_bytes", [104, 128, 136, 100, 101])
+def test_addresses_are_congruent_to_places_unless_that_would_misalign(header_bytes: int) -> None:
+    sink = HostSink(16 * MIB, congruence_bytes=64)
+    sizes = (70_000, 70_024, 100, 300, 80_000)
+    plan = plan_reads(catalog(*sizes, start=header_bytes), read_bytes=64 * MIB, gap_bytes=0)
+    (batch,) = plan.batches
+    lease = sink.begin(batch, 0)
+    (read,) = batch.reads
+    views = [view for view in lease.views(read) if view.nbytes]
+    assert [view.nbytes for view in views] == [70_000, 70_024, 400, 80_000]
+    for place, view in enumerate(views):
+        view[:] = bytes([place + 1]) * view.nbytes
+    for (_, tensor), info in zip(HostDelivery(lease).tensors(), batch.tensors, strict=True):
+        assert tensor.data_ptr() % 8 == 0
+        if tensor.nbytes > MIB // 16:
+            assert tensor.data_ptr() % 64 == (info.start % 64 if info.start % 8 == 0 else 0)
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert int(tensor[0]) == int(tensor[-1]) == (1, 2, 3, 3, 4)[int(info.name)]
+
+
+def test_what_just_fits_the_limit_still_does() -> None:
+    sink = HostSink(MIB, congruence_bytes=64)
+    (batch,) = plan_reads(catalog(MIB, start=104), read_bytes=MIB, gap_bytes=0).batches
+    assert sink.credit_bytes(batch) == MIB
+    (view,) = (view for view in sink.begin(batch, 0).views(batch.reads[0]) if view.nbytes)
+    assert view.nbytes == MIB
 
 
 def test_the_cpu_is_served_by_the_host_sink() -> None:

@@ -147,7 +147,7 @@ def test_calls_stay_within_the_kernels_limits(tmp_path: Path, kernel: _Kernel) -
 
     run_on_each_loop(body)
     assert max(views for _, views, _ in kernel.calls) == 1024
-    assert max(nbytes for _, _, nbytes in kernel.calls) == 4 << 20
+    assert max(nbytes for _, _, nbytes in kernel.calls) == 8 << 20
 
 
 def test_short_reads_are_continued(file: Path, kernel: _Kernel) -> None:
@@ -488,7 +488,7 @@ def test_a_cancelled_read_waits_until_its_thread_has_left(tmp_path: Path, kernel
                 await reading
             assert not loan.quarantined
             assert len(kernel.calls) == 1, "the thread went on after it was told to stop"
-            assert memory.count(b"x") == 4 << 20
+            assert memory.count(b"x") == 8 << 20
             assert source.requests == 1
 
     run_on_each_loop(body)

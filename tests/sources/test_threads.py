@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
-from streamload.sources.threads import DaemonExecutor
+from streamload.sources.threads import DaemonExecutor, ThreadCall
+from streamload.testing import run_on_each_loop
 
 _HUNG_PROCESS = """
 import threading
@@ -132,6 +136,131 @@ def test_a_finished_call_keeps_nothing_alive(executor: DaemonExecutor, fails: bo
     executor.shutdown()
     assert executor.join(10.0)
     assert gone() is None
+
+
+class _Gate:
+    """A call that says when it began, and ends when it may."""
+
+    def __init__(self) -> None:
+        self.began = threading.Event()
+        self.may_end = threading.Event()
+
+    def __call__(self) -> str:
+        self.began.set()
+        assert self.may_end.wait(30)
+        return "done"
+
+
+async def _cancelled(call: ThreadCall[str]) -> None:
+    """Someone waits for the call's result and is cancelled."""
+    waiting = asyncio.create_task(call.result())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+def _on_one_thread(body: Callable[[DaemonExecutor, _Gate], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        executor, gate = DaemonExecutor(1), _Gate()
+        try:
+            await body(executor, gate)
+        finally:
+            gate.may_end.set()
+            executor.shutdown()
+
+    run_on_each_loop(run)
+
+
+def test_a_thread_call_gives_what_the_call_returns_or_raises() -> None:
+    def fail() -> str:
+        raise KeyError("x")
+
+    async def body(executor: DaemonExecutor, gate: _Gate) -> None:
+        gate.may_end.set()
+        assert await ThreadCall(executor, gate).result() == "done"
+        with pytest.raises(KeyError):
+            await ThreadCall(executor, fail).result()
+        assert await ThreadCall(executor, gate).result() == "done", "the thread is gone"
+
+    _on_one_thread(body)
+
+
+def test_a_thread_call_that_has_not_begun_can_be_taken_back() -> None:
+    calls: list[str] = []
+
+    async def body(executor: DaemonExecutor, gate: _Gate) -> None:
+        calls.clear()
+        first = ThreadCall(executor, gate)
+        await asyncio.to_thread(gate.began.wait, 30)
+        second = ThreadCall(executor, lambda: calls.append("second") or "second")  # type: ignore[func-returns-value]
+        await _cancelled(second)
+        assert second.take_back()
+        assert not first.take_back(), "a thread is in it"
+        gate.may_end.set()
+        assert await first.result() == "done"
+        assert first.take_back(), "nobody is in it any more"
+        assert await ThreadCall(executor, lambda: "third").result() == "third"
+        assert calls == []
+
+    _on_one_thread(body)
+
+
+def test_who_waits_for_a_thread_to_leave_waits_for_that_whoever_cancels() -> None:
+    async def body(executor: DaemonExecutor, gate: _Gate) -> None:
+        call = ThreadCall(executor, gate)
+        await asyncio.to_thread(gate.began.wait, 30)
+        await _cancelled(call)
+        assert not await call.left(0.0)
+        leaving = asyncio.create_task(call.left(30.0))
+        for _ in range(3):
+            await asyncio.sleep(0)
+            leaving.cancel()
+        assert not leaving.done()
+        gate.may_end.set()
+        assert await leaving
+        assert call.over
+
+    _on_one_thread(body)
+
+
+def test_a_thread_call_may_end_after_its_loop() -> None:
+    executor, gate = DaemonExecutor(1), _Gate()
+
+    async def leave() -> None:
+        ThreadCall(executor, gate)
+        await asyncio.to_thread(gate.began.wait, 30)
+
+    asyncio.run(leave())
+    gate.may_end.set()
+    assert executor.submit(lambda: 7).result(30) == 7, "the thread died of the closed loop"
+    executor.shutdown()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_thread_call_that_is_over_keeps_nothing_alive(fails: bool) -> None:
+    def use(memory: memoryview) -> str:
+        if fails:
+            raise ValueError("no")
+        return "used"
+
+    async def body(executor: DaemonExecutor, gate: _Gate) -> None:
+        memory = _Memory(10)
+        gone = weakref.ref(memory)
+        call = ThreadCall(executor, partial(use, memoryview(memory)))
+        try:
+            assert await call.result() == "used"
+        except ValueError:
+            assert fails
+        del memory
+        # The thread has answered, and may not have let go yet: it has when it takes the next call.
+        await ThreadCall(executor, lambda: "next").result()
+        if fails:
+            del call  # an error's traceback knows the frame that raised it
+            gc.collect()
+        assert gone() is None
+
+    _on_one_thread(body)
 
 
 def test_needs_a_thread() -> None:

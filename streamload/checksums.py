@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartialChecksum"]
+__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartialChecksum", "RunningChecksum"]
 
 Algorithm: TypeAlias = Literal["CRC64NVME", "CRC32C", "CRC32"]
 
@@ -44,6 +44,30 @@ class Checksum:
         return f"{self.algorithm} {self.value:0{2 * _nbytes(self.algorithm)}x}"
 
 
+class RunningChecksum:
+    """The checksum of bytes that come one after the other.
+
+    Args:
+        algorithm: How they are summed up.
+
+    Attributes:
+        nbytes: How many there were.
+        value: Their checksum.
+    """
+
+    __slots__ = ("_update", "nbytes", "value")
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        self._update = _update(algorithm)
+        self.nbytes = 0
+        self.value = 0
+
+    def add(self, view: memoryview) -> None:
+        """Go on with these bytes."""
+        self.value = self._update(view, self.value)
+        self.nbytes += view.nbytes
+
+
 class PartialChecksum:
     """Parts of one object, until together they are all of it.
 
@@ -60,14 +84,16 @@ class PartialChecksum:
 
     def add(self, start: int, views: Iterable[memoryview | bytes | bytearray]) -> None:
         """Sum up the part that begins at byte `start`; parts do not overlap."""
-        value = nbytes = 0
-        update = _update(self.algorithm)
+        running = RunningChecksum(self.algorithm)
         for view in views:
-            value = update(view, value)
-            nbytes += len(view)
-        if nbytes:
-            self._parts[start] = (nbytes, value)
-            self._missing -= nbytes
+            running.add(memoryview(view))
+        self.add_sum(start, running)
+
+    def add_sum(self, start: int, running: RunningChecksum) -> None:
+        """Take the sum of the part that begins at byte `start`; parts do not overlap."""
+        if running.nbytes:
+            self._parts[start] = (running.nbytes, running.value)
+            self._missing -= running.nbytes
 
     @property
     def complete(self) -> bool:

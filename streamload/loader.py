@@ -165,6 +165,7 @@ class _Load:
         recorder = self.recorder
         async with self._source as source, watch(self.options.progress, recorder):
             recorder.count_requests(lambda: source.requests)
+            recorder.paths = source.paths
             fetcher = Fetcher(source, recorder)
             try:
                 # Not around what closes the source: that has limits of its own, and must not be cut off.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streamload.checksums import RunningChecksum
+
 __all__ = ["Loan"]
 
 
@@ -14,18 +16,23 @@ class Loan:
     that in time (a thread that hangs inside the kernel, a library whose requests cannot be called back), it calls
     `quarantine` before it raises: the memory is then never lent again and never freed while the process lives.
 
+    A source that learns of bytes as they land says so with `landed`: then they are summed up while the processor still
+    has them at hand.
+
     Attributes:
         views: One-dimensional writable byte views; none of them is empty.
         nbytes: Their length together, in bytes.
+        checksum: Of what has landed so far, where it is wanted; it may stay behind what is in place.
     """
 
-    __slots__ = ("_parent", "_quarantined", "nbytes", "views")
+    __slots__ = ("_parent", "_quarantined", "checksum", "nbytes", "views")
 
     def __init__(self, views: Sequence[memoryview], *, parent: Loan | None = None) -> None:
         self.views: tuple[memoryview, ...] = tuple(view for view in views if view.nbytes)
         self.nbytes = sum(view.nbytes for view in self.views)
         self._parent = parent
         self._quarantined = False
+        self.checksum: RunningChecksum | None = None if parent is None else parent.checksum
 
     @property
     def quarantined(self) -> bool:
@@ -38,8 +45,16 @@ class Loan:
         if self._parent is not None:
             self._parent.quarantine()
 
+    def landed(self, view: memoryview) -> None:
+        """Say that these bytes, the next ones in order, are in place and stay there."""
+        if self.checksum is not None:
+            self.checksum.add(view)
+
     def after(self, nbytes: int) -> Loan:
         """The same loan without its first `nbytes` bytes: where a retry goes on."""
+        if self.checksum is not None and self.checksum.nbytes != nbytes:
+            # What was summed up is not what counts as being in place: it is summed up again at the end.
+            self.checksum = None
         return Loan(_split(self.views, nbytes), parent=self)
 
 

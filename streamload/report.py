@@ -53,6 +53,7 @@ class Report:
             under way), ``consumer`` (no credit left while finished tensors wait to be taken).
         bottleneck: The stage that held the load back; None before anything was read.
         requests: Requests sent to the source.
+        paths: Bytes by the way they came, where the source has more than one.
         reads: Ranged reads of tensor bytes that have ended.
         retries: Attempts that failed and were made again.
         fetched_bytes: Bytes read from the source: tensors, headers, gaps.
@@ -80,6 +81,7 @@ class Report:
     stages: dict[Stage, float]
     bottleneck: Stage | None
     requests: int
+    paths: dict[str, int]
     reads: int
     retries: int
     fetched_bytes: int
@@ -132,6 +134,8 @@ def _lines(report: Report) -> Iterator[str]:
         f"  requests       {report.requests}, {report.retries} retried; {format_bytes(report.fetched_bytes)} fetched, "
         f"{report.read_amplification:.3f} x what was delivered"
     )
+    for path, nbytes in report.paths.items():
+        yield f"  came           {format_bytes(nbytes)} {path}"
     limit = format_bytes(report.memory_bytes)
     if report.raised_memory_bytes is not None:
         limit += f", raised to {format_bytes(report.raised_memory_bytes)} for a tensor of that size"
@@ -201,6 +205,7 @@ class Recorder:
         self.reads = 0
         self.retries = 0
         self._count_requests: Callable[[], int] = int
+        self.paths: dict[str, int] = {}
         self.fetched_bytes = 0
         self.header_bytes = 0
         self.arrived_bytes = 0
@@ -346,6 +351,7 @@ class Recorder:
             stages=stages,
             bottleneck=_bottleneck(stages),
             requests=self._count_requests(),
+            paths=dict(self.paths),
             reads=self.reads,
             retries=self.retries,
             fetched_bytes=self.fetched_bytes,

@@ -56,7 +56,7 @@ class Fetcher:
         while True:
             attempts += 1
             try:
-                await self.source.read(object, start + valid, end, loan.after(valid) if valid else loan)
+                await self.source.read(object, start + valid, end, loan if attempts == 1 else loan.after(valid))
                 return
             except StreamloadError as error:
                 valid += error.valid_bytes

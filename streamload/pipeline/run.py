@@ -236,8 +236,9 @@ class Pipeline:
         started_s = recorder.now()
         recorder.start("read")
         try:
+            loan.checksum = self._verifier.running(object.key)
             await self._fetcher.read(object, read.start, read.end, loan, lane)
-            self._verifier.add(object.key, read.start, loan.views)
+            self._verifier.add(object.key, read.start, loan)
         except BaseException:
             sink.failed(open_batch.lease, read, loan)
             recorder.quarantined_bytes = sink.quarantined_bytes

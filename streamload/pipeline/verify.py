@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from streamload.checksums import Checksum, PartialChecksum
+from streamload.checksums import Checksum, PartialChecksum, RunningChecksum
 from streamload.errors import ChecksumError
+from streamload.loan import Loan
 from streamload.plan import Plan
 from streamload.report import Recorder
 
@@ -56,9 +57,14 @@ class Verifier:
                 self._checksums[file.key] = checksum
                 self._tensor_bytes[file.key] = tensor_bytes
                 self._parts[file.key] = PartialChecksum(checksum.algorithm, file.size_bytes)
-                self.add(file.key, 0, [memoryview(headers[file.key])])
+                self.add(file.key, 0, Loan([memoryview(headers[file.key])]))
 
-    def add(self, key: str, start: int, views: Sequence[memoryview]) -> None:
+    def running(self, key: str) -> RunningChecksum | None:
+        """What sums up a part of an object while it arrives; None where the object is not verified."""
+        parts = self._parts.get(key)
+        return None if parts is None else RunningChecksum(parts.algorithm)
+
+    def add(self, key: str, start: int, loan: Loan) -> None:
         """A part of an object has arrived; with its last part the object is compared.
 
         Raises:
@@ -67,7 +73,10 @@ class Verifier:
         parts = self._parts.get(key)
         if parts is None:
             return
-        parts.add(start, views)
+        if loan.checksum is not None and loan.checksum.nbytes == loan.nbytes:
+            parts.add_sum(start, loan.checksum)
+        else:
+            parts.add(start, loan.views)
         if not parts.complete:
             return
         del self._parts[key]

@@ -45,6 +45,7 @@ class Source(ABC):
         congruence_bytes: Reads are fastest into addresses that are congruent to the bytes' place in the object modulo
             this power of two; 1 where it makes no difference.
         requests: How many requests (or system calls that read) have been sent so far.
+        paths: Bytes read so far by the way they came, where there is more than one.
     """
 
     scheme: ClassVar[str]
@@ -56,6 +57,7 @@ class Source(ABC):
     def __init__(self, uri: str) -> None:
         self.uri = scrub_uri(uri)
         self.requests = 0
+        self.paths: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
         return self

@@ -24,6 +24,7 @@ from streamload.sources.writer import ViewWriter
 
 if TYPE_CHECKING:
     from streamload.sources.s3_client import S3Client
+    from streamload.wire import Head
 
 __all__ = ["S3Source"]
 
@@ -111,14 +112,11 @@ class S3Source(Source):
             return
         check_key(object.key, uri=self.uri)
         async with self._operations.running():
-            writer = ViewWriter(loan.views)
             try:
                 if not 0 <= start < end <= object.size_bytes:
                     raise SourceError(f"the object has {object.size_bytes} bytes")
-                await self._fetch(await self._open(), object, start, end, writer)
+                await self._fetch(await self._open(), object, start, end, loan)
             except SourceError as error:
-                if isinstance(error, TransientError):
-                    error.valid_bytes = writer.filled
                 raise error.locate(uri=self.uri, object=object.key, start=start, end=end) from None
 
     async def checksum(self, object: SourceObject) -> Checksum | None:
@@ -192,7 +190,28 @@ class S3Source(Source):
             more = {"ContinuationToken": token}
         raise SourceError(f"there are more than {len(objects)} objects under this prefix: this is no checkpoint")
 
-    async def _fetch(self, client: S3Client, object: SourceObject, start: int, end: int, writer: ViewWriter) -> None:
+    async def _fetch(self, client: S3Client, object: SourceObject, start: int, end: int, loan: Loan) -> None:
+        """Read a range on the direct way where that serves it, else with aiobotocore."""
+        from streamload.sources.s3_wire import UnservedError
+
+        def accept(head: Head) -> None:
+            _check_head(head.status, head.headers.get("etag"), head.headers.get("content-range"), object, start, end)
+
+        try:
+            with client.translating(version=object.version):
+                await client.wire.get(self._place.prefix + object.key, start, end, object.version, loan, accept)
+        except UnservedError as error:
+            self._note_path(f"through aiobotocore: {error}", end - start)
+            await self._fetch_plainly(client, object, start, end, ViewWriter(loan.views))
+        else:
+            self._note_path("from the socket into place", end - start)
+
+    def _note_path(self, path: str, nbytes: int) -> None:
+        self.paths[path] = self.paths.get(path, 0) + nbytes
+
+    async def _fetch_plainly(
+        self, client: S3Client, object: SourceObject, start: int, end: int, writer: ViewWriter
+    ) -> None:
         answer = await client.call(
             "get_object",
             version=object.version,
@@ -202,17 +221,23 @@ class S3Source(Source):
         )
         body = answer["Body"]
         try:
-            _check_answer(answer, object, start, end)
+            status = answer["ResponseMetadata"]["HTTPStatusCode"]
+            _check_head(status, answer.get("ETag"), answer.get("ContentRange"), object, start, end)
             with client.translating():
                 # To the end of the body, not of the range: only then does the connection return to the pool.
                 while piece := await body.read(_MAX_PIECE_BYTES):
                     if writer.write(piece):
                         raise SourceError(f"{client.host} sent more bytes than were asked for")
+        except TransientError as error:
+            error.valid_bytes = writer.filled
+            raise
         finally:
             # A connection whose body was read to its end is in the pool by now, and this does nothing.
             body.close()
         if writer.filled < end - start:
-            raise TruncatedReadError(f"{client.host} sent {writer.filled} of {end - start} bytes")
+            raise TruncatedReadError(
+                f"{client.host} sent {writer.filled} of {end - start} bytes", valid_bytes=writer.filled
+            )
 
 
 class _Place(NamedTuple):
@@ -249,19 +274,19 @@ def _checksum(answer: dict[str, Any]) -> Checksum | None:
     return None
 
 
-def _check_answer(answer: dict[str, Any], object: SourceObject, start: int, end: int) -> None:
+def _check_head(
+    status: int, tag: str | None, content_range: str | None, object: SourceObject, start: int, end: int
+) -> None:
     """Refuse an answer that is not exactly the range that was asked for, of the version that was."""
-    tag = answer.get("ETag")
     if not tag:
         raise SourceError("the answer has no ETag, so its version is not known")
     # Some servers quote the tag in one kind of answer and not in another.
     if tag.strip('"') != object.version.strip('"'):
         raise ObjectChangedError(f"the object is now version {tag}; the one seen first was {object.version}")
-    status = answer["ResponseMetadata"]["HTTPStatusCode"]
     if status == 206:
         asked = f"bytes {start}-{end - 1}/"
-        if answer.get("ContentRange") not in {f"{asked}{object.size_bytes}", f"{asked}*"}:
-            raise SourceError(f"asked for {asked}{object.size_bytes}, the answer has {answer.get('ContentRange')}")
+        if content_range not in {f"{asked}{object.size_bytes}", f"{asked}*"}:
+            raise SourceError(f"asked for {asked}{object.size_bytes}, the answer has {content_range}")
     elif status != 200:
         raise SourceError(f"the server answered {status} to a range request")
     elif (start, end) != (0, object.size_bytes):

@@ -19,6 +19,7 @@ from botocore.loaders import Loader, create_loader
 
 from streamload.errors import CredentialsError, SourceError
 from streamload.sources.s3_errors import FOREIGN_ERRORS, error_code, translate_s3_error
+from streamload.sources.s3_wire import S3Wire
 
 __all__ = ["S3Client"]
 
@@ -38,7 +39,10 @@ class S3Client:
 
     Attributes:
         host: Who is asked: host and port.
+        wire: Reads ranges without aiobotocore's body.
     """
+
+    wire: S3Wire
 
     def __init__(self, client: Any, credentials: Any, stack: AsyncExitStack, bucket: str) -> None:
         self._client = client
@@ -96,11 +100,24 @@ class S3Client:
             raise SourceError(str(error)) from None
         opened = cls(client, credentials, stack, bucket)
 
-        def before_send(request: Any, **_: Any) -> None:
+        def sent(url: str) -> None:
             count()
-            opened._sent_to(request.url)
+            opened._sent_to(url)
 
-        client.meta.events.register("before-send.s3", before_send)
+        opened.wire = S3Wire(
+            client,
+            credentials,
+            bucket,
+            verify=session.get_config_variable("ca_bundle"),
+            connect_timeout_s=connect_timeout_s,
+            stall_s=read_timeout_s,
+            count=sent,
+        )
+
+        def before_send(request: Any, **_: Any) -> None:
+            sent(request.url)
+
+        client.meta.events.register_last("before-send.s3", before_send)
         return opened
 
     async def call(self, operation: str, *, version: str | None = None, **arguments: Any) -> dict[str, Any]:
@@ -127,6 +144,9 @@ class S3Client:
             yield
         except SourceError:
             raise
+        except RecursionError:
+            # To find the bucket's region aiobotocore asks the same server, which redirects that too.
+            raise SourceError(f"{self.host} redirects without end") from None
         except FOREIGN_ERRORS as error:
             # Not chained: their texts are not ours, and may show an endpoint with a password in it.
             raise translate_s3_error(error, host=self.host, bucket=self._bucket, version=version) from None
@@ -175,7 +195,10 @@ class S3Client:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._stack.aclose()
+        try:
+            await self.wire.aclose()
+        finally:
+            await self._stack.aclose()
 
     async def _request(self, operation: str, **arguments: Any) -> dict[str, Any]:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):

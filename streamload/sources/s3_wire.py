@@ -1,0 +1,234 @@
+"""Ranges of S3 objects, straight from the socket into lent memory; addressed and signed as aiobotocore would."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest
+from botocore.exceptions import ClientError
+from botocore.httpsession import get_cert_path
+from botocore.parsers import ResponseParserError, create_parser
+from botocore.utils import get_environ_proxies
+
+from streamload.errors import SourceError
+from streamload.loan import Loan
+from streamload.wire import Head, Pool, Response
+
+__all__ = ["S3Wire", "UnservedError"]
+
+# Sent again as they are; all else that aiobotocore sets (retries made, trace ids) is for its own request.
+_KEPT_HEADERS = ("x-amz-request-payer", "x-amz-security-token")
+
+_SIGNATURES = {"v4", "s3v4"}
+
+# Answers that mean another place or another way of asking, which aiobotocore finds.
+_ELSEWHERE = {
+    "PermanentRedirect",
+    "TemporaryRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+}
+
+
+class UnservedError(Exception):
+    """This request cannot be made here; aiobotocore can. Its text says why."""
+
+
+class _Captured(Exception):
+    """Ends aiobotocore's request when it is ready to be sent."""
+
+    def __init__(self, request: AWSPreparedRequest) -> None:
+        super().__init__("captured")
+        self.request = request
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """How one object is asked for.
+
+    Attributes:
+        url: Where.
+        region: Whose signature is expected.
+        headers: What goes with every request.
+    """
+
+    url: str
+    region: str
+    headers: Mapping[str, str]
+
+
+# Set while a request is made only to see what it would be; the signing region is put into it.
+_capturing: ContextVar[dict[str, str] | None] = ContextVar("_capturing", default=None)
+
+
+class S3Wire:
+    """Makes GetObject's requests for one bucket over connections of its own.
+
+    aiobotocore prepares the first request for each object; it knows endpoints, regions and addressing styles. Its URL
+    and region serve for the object's other ranges, each signed for itself with the credentials of that moment.
+
+    Args:
+        client: aiobotocore's client.
+        credentials: Its credentials, which refresh themselves.
+        bucket: The bucket.
+        verify: The CA bundle's path, or None for the usual one.
+        connect_timeout_s: How long making a connection may take, in seconds.
+        stall_s: For how long the server may send nothing while it owes an answer, in seconds.
+        count: Called with the URL whenever a request is sent.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        credentials: Any,
+        bucket: str,
+        *,
+        verify: str | None,
+        connect_timeout_s: float,
+        stall_s: float,
+        count: Callable[[str], None],
+    ) -> None:
+        self._client = client
+        self._credentials = credentials
+        self._bucket = bucket
+        self._verify = verify
+        self._connect_timeout_s = connect_timeout_s
+        self._stall_s = stall_s
+        self._count = count
+        self._targets: dict[str, _Target] = {}
+        self._unserved: dict[str, str] = {}
+        self._pools: dict[tuple[str, str, int], Pool] = {}
+        client.meta.events.register_first("before-sign.s3.GetObject", _note_signing)
+        # Before the handler that counts what is sent: this one ends the request, and nothing is.
+        client.meta.events.register_first("before-send.s3.GetObject", _capture)
+
+    async def get(self, key: str, start: int, end: int, tag: str, loan: Loan, accept: Callable[[Head], None]) -> None:
+        """Ask for a range of an object at a version.
+
+        Args:
+            key: The object's key in the bucket.
+            start: First byte.
+            end: One past the last.
+            tag: The ETag, sent as If-Match.
+            loan: Where the bytes go.
+            accept: Looks at the head of an answer that is no error; raises where it is not the one that was asked for.
+
+        Raises:
+            UnservedError: aiobotocore must be asked instead.
+            ClientError: The server answered with an error.
+            SourceError: The connection broke, or the answer is not one.
+        """
+        if key in self._unserved:
+            raise UnservedError(self._unserved[key])
+        target = self._targets.get(key) or await self._find_target(key)
+        parts = urlsplit(target.url)
+        request = await self._sign(target, parts, {"Range": f"bytes={start}-{end - 1}", "If-Match": tag})
+        self._count(target.url)
+
+        def place(head: Head) -> Sequence[memoryview] | None:
+            if head.status >= 300:
+                return None
+            accept(head)
+            if head.body_bytes is None:
+                self._unserved[key] = "its answers do not say how long they are"
+                raise UnservedError(self._unserved[key])
+            return loan.views
+
+        response = await self._pool(parts).ask(request, place, loan.landed)
+        if response.head.status >= 300:
+            error = _error(response)
+            if response.head.status < 400 or error.response["Error"].get("Code") in _ELSEWHERE:
+                self._targets.pop(key, None)
+                raise UnservedError(f"redirected ({error.response['Error'].get('Code') or response.head.status})")
+            raise error
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        for pool in self._pools.values():
+            await pool.aclose()
+
+    async def _find_target(self, key: str) -> _Target:
+        signing: dict[str, str] = {}
+        token = _capturing.set(signing)
+        try:
+            await self._client.get_object(Bucket=self._bucket, Key=key)
+        except _Captured as captured:
+            request = captured.request
+        else:  # a handler that somebody registered answered in the server's place
+            raise UnservedError("a handler of botocore's answers its requests")
+        finally:
+            _capturing.reset(token)
+        if get_environ_proxies(request.url):
+            raise UnservedError("a proxy is configured")
+        if signing.get("version") not in _SIGNATURES:
+            raise UnservedError(f"requests are signed in another way ({signing.get('version')})")
+        headers = {name: _text(request.headers[name]) for name in _KEPT_HEADERS if name in request.headers}
+        headers.pop("x-amz-security-token", None)  # of those credentials, not of this moment's
+        target = self._targets[key] = _Target(request.url, signing["region"], headers)
+        return target
+
+    async def _sign(self, target: _Target, parts: SplitResult, headers: Mapping[str, str]) -> bytes:
+        credentials = await self._credentials.get_frozen_credentials()
+        request = AWSRequest(method="GET", url=target.url, headers={**target.headers, **headers})
+        request.context["payload_signing_enabled"] = False
+        S3SigV4Auth(credentials, "s3", target.region).add_auth(request)
+        where = parts.path + (f"?{parts.query}" if parts.query else "")
+        host = parts.netloc.rpartition("@")[2]
+        lines = [f"GET {where} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
+        lines += [f"{name}: {value}" for name, value in request.headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def _pool(self, parts: SplitResult) -> Pool:
+        assert parts.hostname is not None
+        secure = parts.scheme == "https"
+        place = (parts.scheme, parts.hostname, parts.port or (443 if secure else 80))
+        pool = self._pools.get(place)
+        if pool is None:
+            pool = self._pools[place] = Pool(
+                *place[1:],
+                tls=self._tls() if secure else None,
+                connect_timeout_s=self._connect_timeout_s,
+                stall_s=self._stall_s,
+            )
+        return pool
+
+    def _tls(self) -> ssl.SSLContext:
+        try:
+            return ssl.create_default_context(cafile=self._verify or get_cert_path(True))
+        except OSError as error:
+            raise SourceError(f"the CA bundle {self._verify!r} cannot be read: {error}") from None
+
+
+def _note_signing(region_name: str, signature_version: Any, **_: Any) -> None:
+    signing = _capturing.get()
+    if signing is not None:
+        signing |= {"region": str(region_name), "version": str(signature_version)}
+
+
+def _capture(request: AWSPreparedRequest, **_: Any) -> None:
+    if _capturing.get() is not None:
+        raise _Captured(request)
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def _error(response: Response) -> ClientError:
+    """What botocore would have raised."""
+    answer = {
+        "status_code": response.head.status,
+        "headers": dict(response.head.headers),
+        "body": response.explanation,
+    }
+    try:
+        parsed = create_parser("rest-xml").parse(answer, None)
+    except ResponseParserError:  # a proxy's page, perhaps
+        parsed = {"Error": {}, "ResponseMetadata": {"HTTPStatusCode": response.head.status}}
+    return ClientError(parsed, "GetObject")

@@ -1,0 +1,169 @@
+"""Connections to one server, kept for the next request and spread over its addresses."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections import Counter
+
+from streamload.errors import ClosedError, SourceError, TransientError
+from streamload.wire.connection import Connection, Landed, Place, Response
+
+__all__ = ["Pool"]
+
+# How long the answer to a look-up of the name is used: S3's addresses change within seconds, to spread the load.
+_ADDRESSES_S = 20.0
+
+# How long an address at which nobody answered is left alone, while there are others.
+_SHUNNED_S = 30.0
+
+# How many addresses are tried before a connection counts as impossible.
+_ATTEMPTS = 3
+
+
+class Pool:
+    """Asks one server, over as many connections as there are requests at once.
+
+    Used on one event loop.
+
+    Args:
+        host: The name to look up, and to find in the certificate.
+        port: The port.
+        tls: How to make connections secure; None for plain ones.
+        connect_timeout_s: How long making one may take, in seconds.
+        stall_s: For how long the server may send nothing while it owes an answer, in seconds.
+    """
+
+    def __init__(
+        self, host: str, port: int, *, tls: ssl.SSLContext | None, connect_timeout_s: float, stall_s: float
+    ) -> None:
+        self.name = f"{host}:{port}"
+        self._host = host
+        self._port = port
+        self._tls = tls
+        self._connect_timeout_s = connect_timeout_s
+        self._stall_s = stall_s
+        self._idle: list[Connection] = []
+        self._open: dict[Connection, str] = {}
+        self._addresses: list[str] = []
+        self._looked_up_s = float("-inf")
+        self._shunned: dict[str, float] = {}
+        self._closed = False
+
+    async def ask(self, request: bytes, place: Place, landed: Landed | None = None) -> Response:
+        """Send a request and wait for the whole answer; see `Connection.ask`.
+
+        A server may close a connection that has been idle just as the next request is sent. That one is sent again on
+        another connection: a GET may be.
+
+        Raises:
+            ClosedError: The pool is closed.
+            TransientError: No connection, or it broke or stalled.
+            SourceError: What the server sent is no answer, or its certificate is not good.
+        """
+        while True:
+            connection = self._take_idle() or await self._connect()
+            again = connection.exchanges > 0
+            try:
+                response = await connection.ask(request, place, landed)
+            except TransientError:
+                self._drop(connection)
+                if again and connection.silent:
+                    continue
+                raise
+            except BaseException:
+                self._drop(connection)
+                raise
+            if connection.usable and not self._closed:
+                self._idle.append(connection)
+            else:
+                self._drop(connection)
+            return response
+
+    async def aclose(self) -> None:
+        """Close all connections; what is under way on them fails. May be called twice."""
+        self._closed = True
+        self._idle.clear()
+        open_now = list(self._open)
+        for connection in open_now:
+            self._drop(connection)
+        for connection in open_now:
+            await asyncio.shield(connection.lost)
+
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
+    def _take_idle(self) -> Connection | None:
+        # The last one used comes first: those at the bottom grow old, and the server closes them.
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+            self._drop(connection)
+        return None
+
+    def _drop(self, connection: Connection) -> None:
+        connection.abort()
+
+    async def _connect(self) -> Connection:
+        if self._closed:
+            raise ClosedError("the connections were closed")
+        error: Exception | None = None
+        for _ in range(_ATTEMPTS):
+            address = await self._choose_address()
+            try:
+                async with asyncio.timeout(self._connect_timeout_s):
+                    return await self._connect_to(address)
+            except ssl.SSLCertVerificationError as refused:
+                raise SourceError(f"no secure connection to {self.name}: {refused.verify_message}") from None
+            except (OSError, TimeoutError) as failure:  # ssl.SSLError is an OSError
+                error = failure
+                self._shunned[address] = asyncio.get_running_loop().time()
+        cause = f"no answer within {self._connect_timeout_s:g} s" if isinstance(error, TimeoutError) else error
+        raise TransientError(f"cannot reach {self.name}: {cause}")
+
+    async def _connect_to(self, address: str) -> Connection:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(
+            lambda: Connection(self.name, stall_s=self._stall_s),
+            address,
+            self._port,
+            ssl=self._tls,
+            server_hostname=self._host if self._tls is not None else None,
+        )
+        if self._closed:
+            connection.abort()
+            raise ClosedError("the connections were closed")
+        self._open[connection] = address
+        connection.lost.add_done_callback(lambda _: self._open.pop(connection, None))
+        return connection
+
+    async def _choose_address(self) -> str:
+        """The address with the fewest connections, of those that answered."""
+        now = asyncio.get_running_loop().time()
+        if now - self._looked_up_s > _ADDRESSES_S or not self._addresses:
+            self._addresses = await self._look_up()
+            self._looked_up_s = now
+        good = [address for address in self._addresses if now - self._shunned.get(address, -_SHUNNED_S) >= _SHUNNED_S]
+        used = Counter(self._open.values())
+        # Where none is good, the one that failed first has had the most time to get well.
+        return (
+            min(good, key=lambda address: used[address])
+            if good
+            else min(self._addresses, key=lambda address: self._shunned[address])
+        )
+
+    async def _look_up(self) -> list[str]:
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except TimeoutError:
+            raise TransientError(f"looking up {self._host} takes more than {self._connect_timeout_s:g} s") from None
+        except (OSError, UnicodeError) as error:
+            if self._addresses:
+                return self._addresses  # the old answer is better than none
+            raise TransientError(f"looking up {self._host} failed: {error}") from None
+        return list(dict.fromkeys(str(place[4][0]) for place in found))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import select
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import cast
 
-from streamload.errors import SourceError, TransientError, TruncatedReadError
+from streamload.errors import SourceError, StreamloadError, TransientError, TruncatedReadError
 from streamload.wire.head import MAX_HEAD_BYTES, ErrorBody, Head, parse_head
 
 __all__ = ["Connection", "Landed", "Place", "Response"]
@@ -66,8 +68,10 @@ class Connection(asyncio.BufferedProtocol):
         self._stall_s = stall_s
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
+        self._pending = select.poll()
         self._state = _State.IDLE
-        self._buffer = bytearray(_HEAD_BUFFER_BYTES)  # what is received while it is not known where it belongs
+        # What is received while it is not known where it belongs. A view: asyncio's TLS receives into slices of it.
+        self._buffer = memoryview(bytearray(_HEAD_BUFFER_BYTES))
         self._head = bytearray()
         self._place: Place | None = None
         self._landed: Landed | None = None
@@ -78,6 +82,9 @@ class Connection(asyncio.BufferedProtocol):
         self._done: asyncio.Future[Response] | None = None
         self._heard_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        #: Whether the last exchange ended by losing the connection before a single byte came: as it does where the
+        #: server had closed it and did not see the request.
+        self.silent = False
         #: Done when the event loop has let go of the socket.
         self.lost: asyncio.Future[None] = self._loop.create_future()
 
@@ -85,8 +92,11 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def usable(self) -> bool:
-        """Whether another exchange can begin."""
-        return self._state is _State.IDLE and self._transport is not None and not self._transport.is_closing()
+        """Whether another exchange can begin: nothing has come, or is about to be received, that nobody asked for."""
+        if self._state is not _State.IDLE or self._transport is None or self._transport.is_closing():
+            return False
+        # Data or the connection's end that the event loop has not looked at yet; it would be taken for an answer.
+        return not self._pending.poll(0)
 
     async def ask(self, request: bytes, place: Place, landed: Landed | None = None) -> Response:
         """Send a request and wait for the whole answer.
@@ -100,11 +110,13 @@ class Connection(asyncio.BufferedProtocol):
             TransientError: The connection broke or stalled; ``valid_bytes`` says how much of the body is in place.
             SourceError: What the server sent is not an answer, or is not followed by silence; or what `place` raised.
         """
-        assert self.usable, "one exchange at a time"
-        assert self._transport is not None
+        assert self._done is None, "one exchange at a time"
+        if self._state is not _State.IDLE or self._transport is None:
+            raise self._broken(None)
         self.exchanges += 1
         self._state = _State.HEAD
         self._head.clear()
+        self.silent = False
         self._place = place
         self._landed = landed
         self._filled = 0
@@ -123,24 +135,23 @@ class Connection(asyncio.BufferedProtocol):
             if self._state is not _State.IDLE:
                 self.abort()
 
-    @property
-    def silent(self) -> bool:
-        """Whether the last exchange ended before the server sent a single byte: it may not have seen the request."""
-        return self._filled == 0 and not self._head
-
-    def abort(self) -> None:
-        """Close at once; what is under way fails."""
-        self._state = _State.CLOSED
-        self._views = []
+    def abort(self, error: StreamloadError | None = None) -> None:
+        """Close at once; what is under way fails, with this error where there is one."""
+        self._fail(error or TransientError(f"the connection to {self.host} was given up"))
         if self._transport is not None:
-            self._transport.abort()
+            # uvloop's raises where it has closed the socket and not yet said so.
+            with contextlib.suppress(RuntimeError):
+                self._transport.abort()
 
     # What the event loop calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
+        socket = transport.get_extra_info("socket")
+        if socket is not None:
+            self._pending.register(socket.fileno(), select.POLLIN)
 
-    def get_buffer(self, sizehint: int) -> memoryview | bytearray:
+    def get_buffer(self, sizehint: int) -> memoryview:
         return self._views[0] if self._state is _State.BODY else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
@@ -161,9 +172,8 @@ class Connection(asyncio.BufferedProtocol):
         return False
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._state is not _State.CLOSED:
-            self._fail(self._broken(error))
-        self._state = _State.CLOSED
+        self.silent = self._state is _State.HEAD and not self._head
+        self._fail(self._broken(error))
         self._transport = None
         self.lost.set_result(None)
 
@@ -172,7 +182,7 @@ class Connection(asyncio.BufferedProtocol):
     def _receive_head(self, nbytes: int) -> None:
         # The end may lie across two pieces.
         searched = max(0, len(self._head) - len(_END_OF_HEAD) + 1)
-        self._head += memoryview(self._buffer)[:nbytes]
+        self._head += self._buffer[:nbytes]
         end = self._head.find(_END_OF_HEAD, searched)
         if end < 0:
             if len(self._head) > MAX_HEAD_BYTES:

@@ -17,6 +17,9 @@ MAX_HEAD_BYTES = 64 << 10
 # Of an error's explanation; S3's have less than 1 KiB.
 _MAX_ERROR_BYTES = 64 << 10
 
+# Of a number of 64 bits.
+_MAX_LENGTH_DIGITS = 20
+
 # Two of one of these, and two readers may take two different ones for the truth.
 _SINGLE = ("content-length", "content-range", "content-encoding", "etag", "transfer-encoding")
 
@@ -69,15 +72,15 @@ def parse_head(data: bytes) -> Head:
     parser = httptools.HttpResponseParser(fields)
     try:
         parser.feed_data(data)
-    except httptools.HttpParserError as error:
+    except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
         raise SourceError(f"the server's answer is not HTTP: {error.__context__ or error}") from None
     if not fields.complete:
         raise SourceError("the server's answer is not HTTP: its head does not end")
     if parser.get_http_version() not in {"1.1", "1.0"}:
         raise SourceError(f"the server answered in HTTP/{parser.get_http_version()}")
     length = fields.headers.get("content-length", "0")
-    if not (length.isascii() and length.isdigit()):
-        raise SourceError(f"the server's answer is not HTTP: its length is {length!r}")
+    if not (length.isascii() and length.isdigit() and len(length) <= _MAX_LENGTH_DIGITS):
+        raise SourceError(f"the server's answer is not HTTP: its length is {length[:40]!r}")
     return Head(parser.get_status_code(), fields.headers, bool(parser.should_keep_alive()))
 
 
@@ -95,7 +98,8 @@ class ErrorBody:
         self.feed(head)
 
     def on_body(self, data: bytes) -> None:
-        self.content += data
+        if not self.complete:  # what follows is none of it
+            self.content += data
 
     def on_message_complete(self) -> None:
         self.complete = True
@@ -104,7 +108,7 @@ class ErrorBody:
         """Take what has come; past the limit, or where it makes no sense, the rest is done without."""
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self.complete = True
         if len(self.content) > _MAX_ERROR_BYTES:
             self.content = self.content[:_MAX_ERROR_BYTES]

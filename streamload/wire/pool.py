@@ -62,34 +62,37 @@ class Pool:
             TransientError: No connection, or it broke or stalled.
             SourceError: What the server sent is no answer, or its certificate is not good.
         """
-        while True:
-            connection = self._take_idle() or await self._connect()
-            again = connection.exchanges > 0
+        idle = self._take_idle()
+        if idle is not None:
             try:
-                response = await connection.ask(request, place, landed)
+                return await self._ask(idle, request, place, landed)
             except TransientError:
-                self._drop(connection)
-                if again and connection.silent:
-                    continue
-                raise
-            except BaseException:
-                self._drop(connection)
-                raise
-            if connection.usable and not self._closed:
-                self._idle.append(connection)
-            else:
-                self._drop(connection)
-            return response
+                if self._closed or not idle.silent:
+                    raise
+        return await self._ask(await self._connect(), request, place, landed)
+
+    async def _ask(self, connection: Connection, request: bytes, place: Place, landed: Landed | None) -> Response:
+        try:
+            response = await connection.ask(request, place, landed)
+            # One turn of the loop, in which TLS hands over what it has already decrypted and nobody asked for.
+            await asyncio.sleep(0)
+        except BaseException:
+            connection.abort()
+            raise
+        if connection.usable and not self._closed:
+            self._idle.append(connection)
+        else:
+            connection.abort()
+        return response
 
     async def aclose(self) -> None:
         """Close all connections; what is under way on them fails. May be called twice."""
         self._closed = True
         self._idle.clear()
-        open_now = list(self._open)
-        for connection in open_now:
-            self._drop(connection)
-        for connection in open_now:
-            await asyncio.shield(connection.lost)
+        for connection in self._open:
+            connection.abort(ClosedError("the connections were closed"))
+        while self._open:
+            await asyncio.wait([connection.lost for connection in self._open])
 
     @property
     def connections(self) -> int:
@@ -102,18 +105,15 @@ class Pool:
             connection = self._idle.pop()
             if connection.usable:
                 return connection
-            self._drop(connection)
+            connection.abort()
         return None
 
-    def _drop(self, connection: Connection) -> None:
-        connection.abort()
-
     async def _connect(self) -> Connection:
-        if self._closed:
-            raise ClosedError("the connections were closed")
         error: Exception | None = None
         for _ in range(_ATTEMPTS):
             address = await self._choose_address()
+            if self._closed:
+                raise ClosedError("the connections were closed")
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
                     return await self._connect_to(address)
@@ -166,4 +166,6 @@ class Pool:
             if self._addresses:
                 return self._addresses  # the old answer is better than none
             raise TransientError(f"looking up {self._host} failed: {error}") from None
+        if not found:
+            raise TransientError(f"looking up {self._host} found no address")
         return list(dict.fromkeys(str(place[4][0]) for place in found))

@@ -156,15 +156,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self._heard_s = self._loop.time()
-        if self._state is _State.BODY:
-            self._advance(nbytes)
-        elif self._state is _State.HEAD:
-            self._receive_head(nbytes)
-        elif self._state is _State.ERROR:
-            self._receive_error(bytes(self._buffer[:nbytes]))
-        elif self._state is _State.IDLE:
-            # Whatever it is, it is not an answer to anything, and would be taken for the next one.
-            self.abort()
+        try:
+            self._receive(nbytes)
+        except Exception as error:  # of `place` or `landed`, which may raise what they like
+            self._fail(error)
 
     def eof_received(self) -> bool:
         if self._state is _State.ERROR and self._error_body is not None:
@@ -179,6 +174,17 @@ class Connection(asyncio.BufferedProtocol):
 
     # How an answer is received
 
+    def _receive(self, nbytes: int) -> None:
+        if self._state is _State.BODY:
+            self._advance(nbytes)
+        elif self._state is _State.HEAD:
+            self._receive_head(nbytes)
+        elif self._state is _State.ERROR:
+            self._receive_error(bytes(self._buffer[:nbytes]))
+        elif self._state is _State.IDLE:
+            # Whatever it is, it is not an answer to anything, and would be taken for the next one.
+            self.abort()
+
     def _receive_head(self, nbytes: int) -> None:
         # The end may lie across two pieces.
         searched = max(0, len(self._head) - len(_END_OF_HEAD) + 1)
@@ -189,11 +195,7 @@ class Connection(asyncio.BufferedProtocol):
                 self._fail(SourceError(f"{self.host} sent a head without an end ({len(self._head)} bytes)"))
             return
         end += len(_END_OF_HEAD)
-        head, rest = bytes(self._head[:end]), bytes(self._head[end:])
-        try:
-            self._begin_body(head, rest)
-        except Exception as error:  # of `place`, which may raise what it likes
-            self._fail(error)
+        self._begin_body(bytes(self._head[:end]), bytes(self._head[end:]))
 
     def _begin_body(self, data: bytes, rest: bytes) -> None:
         assert self._place is not None

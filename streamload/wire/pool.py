@@ -46,6 +46,7 @@ class Pool:
         self._stall_s = stall_s
         self._idle: list[Connection] = []
         self._open: dict[Connection, str] = {}
+        self._connecting: set[asyncio.Task[Connection]] = set()
         self._addresses: list[str] = []
         self._looked_up_s = float("-inf")
         self._shunned: dict[str, float] = {}
@@ -89,6 +90,10 @@ class Pool:
         """Close all connections; what is under way on them fails. May be called twice."""
         self._closed = True
         self._idle.clear()
+        while self._connecting:
+            for connecting in self._connecting:
+                connecting.cancel()
+            await asyncio.wait(self._connecting)
         for connection in self._open:
             connection.abort(ClosedError("the connections were closed"))
         while self._open:
@@ -126,19 +131,32 @@ class Pool:
         raise TransientError(f"cannot reach {self.name}: {cause}")
 
     async def _connect_to(self, address: str) -> Connection:
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(
+        # A task, so that closing the pool can end it.
+        connecting = asyncio.create_task(self._make(address))
+        self._connecting.add(connecting)
+        connecting.add_done_callback(self._connecting.discard)
+        try:
+            connection = await connecting
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and (task is None or not task.cancelling()):
+                raise ClosedError("the connections were closed") from None
+            raise
+        if self._closed:
+            connection.abort()
+            raise ClosedError("the connections were closed")
+        self._open[connection] = address
+        connection.lost.add_done_callback(lambda _: self._open.pop(connection, None))
+        return connection
+
+    async def _make(self, address: str) -> Connection:
+        _, connection = await asyncio.get_running_loop().create_connection(
             lambda: Connection(self.name, stall_s=self._stall_s),
             address,
             self._port,
             ssl=self._tls,
             server_hostname=self._host if self._tls is not None else None,
         )
-        if self._closed:
-            connection.abort()
-            raise ClosedError("the connections were closed")
-        self._open[connection] = address
-        connection.lost.add_done_callback(lambda _: self._open.pop(connection, None))
         return connection
 
     async def _choose_address(self) -> str:

@@ -178,12 +178,12 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        except TimeoutError:
-            raise TransientError(f"looking up {self._host} takes more than {self._connect_timeout_s:g} s") from None
-        except (OSError, UnicodeError) as error:
+        except (OSError, UnicodeError) as error:  # a TimeoutError is an OSError
             if self._addresses:
                 return self._addresses  # the old answer is better than none
-            raise TransientError(f"looking up {self._host} failed: {error}") from None
+            late = isinstance(error, TimeoutError)
+            cause = f"took more than {self._connect_timeout_s:g} s" if late else f"failed: {error}"
+            raise TransientError(f"looking up {self._host} {cause}") from None
         if not found:
             raise TransientError(f"looking up {self._host} found no address")
         return list(dict.fromkeys(str(place[4][0]) for place in found))

@@ -138,6 +138,9 @@ class Pool:
         try:
             connection = await connecting
         except asyncio.CancelledError:
+            # It may have been made just before this was cancelled, and nobody else knows of it.
+            if connecting.done() and not connecting.cancelled() and connecting.exception() is None:
+                connecting.result().abort()
             task = asyncio.current_task()
             if self._closed and (task is None or not task.cancelling()):
                 raise ClosedError("the connections were closed") from None
@@ -145,8 +148,6 @@ class Pool:
         if self._closed:
             connection.abort()
             raise ClosedError("the connections were closed")
-        self._open[connection] = address
-        connection.lost.add_done_callback(lambda _: self._open.pop(connection, None))
         return connection
 
     async def _make(self, address: str) -> Connection:
@@ -157,6 +158,9 @@ class Pool:
             ssl=self._tls,
             server_hostname=self._host if self._tls is not None else None,
         )
+        # Here, and not by whoever waits for it: they may be gone, and closing the pool has to find it.
+        self._open[connection] = address
+        connection.lost.add_done_callback(lambda _: self._open.pop(connection, None))
         return connection
 
     async def _choose_address(self) -> str:

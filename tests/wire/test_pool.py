@@ -751,3 +751,32 @@ def test_a_caller_that_is_cancelled_while_connecting() -> None:
             assert pool.connections == 0
 
     run_on_each_loop(body)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_caller_that_is_cancelled_at_any_turn(secure: bool) -> None:
+    """The connection may be made in the very turn in which its caller is cancelled: it is closed all the same."""
+
+    async def body() -> None:
+        async def mute(peer: Peer) -> None:
+            await peer.gone()
+
+        async with serve(mute, tls=server_tls() if secure else None) as server:
+            for turns in range(40):
+                pool = Pool(
+                    "127.0.0.1",
+                    server.port,
+                    tls=client_tls() if secure else None,
+                    connect_timeout_s=20.0,
+                    stall_s=20.0,
+                )
+                asking = asyncio.ensure_future(_get(pool))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                asking.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asking
+                await pool.aclose()
+                await server.clients_gone()
+
+    run_on_each_loop(body)

@@ -2,7 +2,11 @@
 #
 #   make demo        serve a sample checkpoint from a local S3 server and stream it back
 #   make test        lint, types, tests: whatever needs no root, no GPU and nothing but Python packages
-#   make test-all    the same, then the built wheel in environments of its own, then the demo
+#   make test-all    the same, then the built wheel in environments of its own, the demo, and root-test
+#   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
+#
+#   make bench       streamload beside its nearest peers, in ten minutes at most; results in build/bench/quick.json
+#   make bench-full  all peers, in ninety at most; goes on where it was interrupted; results in build/bench/full.json
 #
 # Another Python, in an environment of its own: make PYTHON=python3.12 VENV=/tmp/streamload-3.12 test
 
@@ -53,7 +57,7 @@ types: $(INSTALLED)
 
 .PHONY: pytest
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu and not root'
 
 # One after the other even under make -j: the output stays readable, and the cheap checks fail first.
 .PHONY: test
@@ -71,15 +75,38 @@ wheel-test: $(INSTALLED)
 test-more: $(INSTALLED)
 	$(MAKE) --no-print-directory wheel-test
 	$(MAKE) --no-print-directory demo
+	$(MAKE) --no-print-directory root-test
 
 .PHONY: test-all
 test-all: $(INSTALLED)
 	$(MAKE) --no-print-directory test
 	$(MAKE) --no-print-directory test-more
 
-.PHONY: bench-local
-bench-local: $(INSTALLED)
-	$(BIN)/python -m bench.local
+# The benchmarks' S3 server: nginx with its JavaScript module, a network namespace of its own, a capped link.
+.PHONY: root-test
+root-test: $(INSTALLED)
+	@test "$$(id -u)" = 0 || { echo 'make root-test needs root' >&2; exit 1; }
+	$(NGINX)
+	$(BIN)/python -m pytest -m root
+
+# Of a Debian; elsewhere the scenarios that need the server say so.
+NGINX := command -v nginx >/dev/null || { apt-get update -qq && apt-get install -qq nginx-light libnginx-mod-http-js iproute2; }
+
+$(VENV)/.bench: $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	touch $@
+
+.PHONY: bench
+bench: $(VENV)/.bench
+	@test "$$(id -u)" != 0 || { $(NGINX); } || echo 'no nginx: the S3 scenarios will be left out' >&2
+	$(BIN)/python -m bench run all --quick --rounds 3 --minutes 8 --json build/bench/quick.json
+	$(BIN)/python -m bench plot build/bench/quick.json
+
+.PHONY: bench-full
+bench-full: $(VENV)/.bench
+	@test "$$(id -u)" != 0 || { $(NGINX); } || echo 'no nginx: the S3 scenarios will be left out' >&2
+	$(BIN)/python -m bench run all --rounds 5 --minutes 80 --json build/bench/full.json
+	$(BIN)/python -m bench plot build/bench/full.json
 
 .PHONY: clean
 clean:

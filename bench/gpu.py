@@ -1,7 +1,8 @@
 """Onto a GPU: streamload beside page-locked copies of the same bytes. Run with ``python -m bench.gpu``.
 
 The limit is the plainest code that moves as many bytes: one page-locked buffer, copied to the device again and again.
-The checkpoint is the one of `bench.local`, warm in the page cache. Seconds run from the call, imports and the device's
+The checkpoint is the one of ``gpu-local``, warm in the page cache. This is for a machine that has little more than
+torch; the whole table comes from ``python -m bench run gpu-local``. Seconds run from the call, imports and the device's
 set-up done, to the last tensor's completion; the first round is not counted.
 """
 
@@ -15,7 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.local import MEMORY_BYTES, MIB, describe_machine, make_drain
+from bench import datasets, machine
+from bench.loaders.base import MIB
+from bench.scenarios import MEMORY_BYTES
 
 _COPY_BYTES = 64 * MIB
 
@@ -33,11 +36,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA device", file=sys.stderr)
         return 1
-    print(f"{describe_machine()}, {torch.cuda.get_device_name()}")
+    described = machine.describe()
+    print(f"{described['cpu']}, {described['cores']} cores, torch {torch.__version__}, {torch.cuda.get_device_name()}")
     with tempfile.TemporaryDirectory(prefix="streamload-bench-", dir=arguments.dir) as name:
-        folder = Path(name)
-        make_drain(folder, int(arguments.size * 1e9))
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        dataset = datasets.make("llama", int(arguments.size * 1e9), Path(name))
+        folder, size = dataset.bucket, dataset.size_bytes
         loaders: dict[str, Callable[[], None]] = {
             "page-locked copies": lambda: copy_page_locked(size),
             "streamload": lambda: stream_to_gpu(folder),

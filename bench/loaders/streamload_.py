@@ -1,0 +1,95 @@
+"""streamload itself, as a user calls it: nothing tuned but the memory limit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bench.loaders.base import MIB, Job, Loader, Outcome, Took, now
+
+if TYPE_CHECKING:
+    import torch
+
+
+_S3_CLIENT = (
+    *("aiobotocore.session", "aiobotocore.client", "aiobotocore.httpsession", "aiobotocore.endpoint"),
+    *("aiobotocore.retries.adaptive", "aiobotocore.discovery", "aiobotocore.waiter", "aiobotocore.paginate"),
+    *("botocore.client", "aiohttp", "awscrt.checksums"),
+)
+
+
+class Streamload(Loader):
+    """`streamload.stream`, with verification as it is by default."""
+
+    name = "streamload"
+    packages: ClassVar[tuple[tuple[str, str], ...]] = (("torch", "torch"), ("streamload", "streamload"))
+
+    def reason_not(self, job: Job) -> str | None:
+        """What this version does not have."""
+        if job.destination == "stage":
+            return "this version does not stage"
+        return self.missing()
+
+    def imports(self) -> None:
+        """What a load imports by and by, too."""
+        for name in ("torch", "uvloop", "streamload", "streamload.sinks.host"):
+            import_module(name)
+
+    def imports_for(self, job: Job) -> None:
+        """A source or sink is imported when a load first uses it; that is no part of what is measured."""
+        if job.remote:
+            # streamload imports its S3 client on the load's own thread, when a bucket is first opened.
+            for name in ("streamload.sources.s3", "streamload.sources.s3_client", *_S3_CLIENT):
+                import_module(name)
+        else:
+            import_module("streamload.sources.local")
+        if job.device != "cpu":
+            import_module("streamload.sinks.cuda")
+
+    def drain(self, job: Job, took: Took) -> Outcome:
+        """Every tensor is produced and dropped."""
+        import streamload
+
+        nbytes = 0
+        last = 0.0
+        with streamload.stream(job.uri, device=job.device, memory_bytes=job.memory_bytes) as stream:
+            for name, tensor in stream:
+                nbytes += tensor.nbytes
+                took(name, tensor)
+                last = now()
+        return _outcome(job, nbytes, last, stream.report)
+
+    def params(self, job: Job, params: Mapping[str, torch.Tensor]) -> Outcome:
+        """Every tensor is copied into its parameter."""
+        import streamload
+
+        nbytes = 0
+        with streamload.stream(job.uri, device=job.device, memory_bytes=job.memory_bytes) as stream:
+            for name, tensor in stream:
+                params[name].copy_(tensor)
+                nbytes += tensor.nbytes
+            if job.device != "cpu":
+                import_module("torch").cuda.synchronize()
+            last = now()
+        return _outcome(job, nbytes, last, stream.report)
+
+    def command(self, job: Job) -> list[str]:
+        """``streamload load``, by the interpreter that runs this."""
+        limit = f"{job.memory_bytes // MIB}MiB"
+        return [sys.executable, "-m", "streamload", "load", job.uri, "--memory-bytes", limit, "--quiet", "--json"]
+
+
+def _outcome(job: Job, nbytes: int, last: float, report: Any) -> Outcome:
+    notes = {
+        "bottleneck": report.bottleneck,
+        "requests": report.requests,
+        "retries": report.retries,
+        "peak_staged_bytes": report.peak_staged_bytes,
+        "unverified": report.unverified,
+    }
+    if not job.remote:
+        # A file system keeps nothing to compare content with.
+        return Outcome(nbytes, last, notes=notes)
+    return Outcome(nbytes, last, sum(report.verified.values()), report.total_bytes, notes)

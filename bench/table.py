@@ -1,0 +1,133 @@
+"""Results as tables on a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.loaders.base import MIB
+from bench.results import Change, Report, Result
+from bench.scenarios import SCENARIOS
+
+
+def show(reports: Iterable[Report], console: Console) -> None:
+    """One table for each scenario, the machine above the first."""
+    for number, report in enumerate(reports):
+        if not number:
+            console.print(machine_line(report))
+        console.print()
+        show_one(report, console)
+
+
+def machine_line(report: Report) -> str:
+    """What it ran on, in one line."""
+    machine = report.machine
+    parts = [
+        str(machine.get("cpu", "?")),
+        f"{machine.get('cores', '?')} cores",
+        f"Linux {machine.get('kernel', '?')}",
+        f"Python {machine.get('python', '?')}",
+        f"torch {machine.get('versions', {}).get('torch', '?')}",
+    ]
+    return ", ".join(parts + ([machine["gpu"]] if machine.get("gpu") else []))
+
+
+def show_one(report: Report, console: Console) -> None:
+    """A scenario's table, or why there is none."""
+    title = f"{report.scenario}: {report.size_bytes / 1e9:.2f} GB"
+    if report.scenario in SCENARIOS:
+        title += f": {SCENARIOS[report.scenario].title}"
+    if report.skipped is not None:
+        console.print(f"{title}\n  not run: {report.skipped}", highlight=False)
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("loader", no_wrap=True)
+    table.add_column("into", no_wrap=True)
+    for heading in ("seconds", "least", "most", "GB/s", "of limit", "CPU-s/GB", "peak MiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("correct")
+    for result in report.results:
+        table.add_row(*row(result))
+    console.print(table)
+    if "too_small" in report.machine:
+        console.print(f"  this scenario is {report.machine['too_small']}", highlight=False)
+
+
+def row(result: Result) -> list[str]:
+    """One loader's cells."""
+    if result.seconds:
+        assert result.gb_per_s is not None
+        seconds = [
+            f"{statistics.median(result.seconds):.3f}",
+            f"{min(result.seconds):.3f}",
+            f"{max(result.seconds):.3f}",
+            f"{result.gb_per_s:.2f}",
+        ]
+    else:
+        seconds = ["-"] * 4
+    return [
+        result.loader,
+        result.destination,
+        *seconds,
+        _number(result.limit_ratio),
+        _number(result.cpu_s_per_gb),
+        "-" if result.peak_rss_bytes is None else f"{result.peak_rss_bytes / MIB:.0f}",
+        _verdict(result),
+    ]
+
+
+def _verdict(result: Result) -> str:
+    word = {True: "yes", False: "WRONG", None: "not run"}[result.correct]
+    if result.correct is None and result.seconds:
+        word = "not all runs"
+    return f"{word}: {result.reason}" if result.reason else word
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def show_changes(changes: Iterable[Change], console: Console) -> None:
+    """What became of each loader between two files."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("scenario", "loader", "into"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("GB/s", "now", "change", "CPU-s/GB", "now", "peak MiB", "now"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for change in changes:
+        old, new = change.old, change.new
+        table.add_row(
+            change.scenario,
+            change.loader,
+            change.destination,
+            _number(old.gb_per_s if old else None),
+            _number(new.gb_per_s if new else None),
+            "-" if change.speed is None else f"{change.speed - 1:+.0%}",
+            _number(old.cpu_s_per_gb if old else None),
+            _number(new.cpu_s_per_gb if new else None),
+            _mib(old),
+            _mib(new),
+            _remark(change),
+        )
+    console.print(table)
+
+
+def _mib(result: Result | None) -> str:
+    return "-" if result is None or result.peak_rss_bytes is None else f"{result.peak_rss_bytes / MIB:.0f}"
+
+
+def _remark(change: Change) -> str:
+    if change.old is None or change.new is None:
+        return "only in the new one" if change.old is None else "only in the old one"
+    if change.old.correct and not change.new.correct:
+        return "WRONG now" if change.new.correct is False else "not run now"
+    if change.speed is None:
+        return ""
+    if not change.beyond_noise:
+        return "within the noise"
+    return "faster" if change.speed > 1 else "slower"

@@ -30,6 +30,8 @@ _IMPORT_TRIES = 7
 
 # What the tests need beside themselves.
 _TEST_FILES = ("tests", "examples", "README.md", "pyproject.toml")
+# The benchmarks' own tests stay out, as the benchmarks do: no wheel has them.
+_NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench")
 
 _TIME_THE_IMPORT = """
 import time
@@ -99,7 +101,7 @@ def _copy_tests(folder: Path) -> Path:
     folder.mkdir()
     for name in _TEST_FILES:
         if (_ROOT / name).is_dir():
-            shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(_ROOT / name, folder / name, ignore=_NOT_COPIED)
         else:
             shutil.copy(_ROOT / name, folder / name)
     return folder

@@ -24,7 +24,7 @@ from streamload.options import LoadOptions, Options, ResolvedOption, proxies, re
 from streamload.pipeline.engine import new_event_loop, run_in_thread
 from streamload.planning import effective_reads
 from streamload.sources import Source, open_source
-from streamload.units import format_bytes, format_count, format_seconds
+from streamload.units import format_bytes, format_count, format_range, format_seconds
 from streamload.uris import scrub, scrub_uri
 
 __all__ = ["Diagnosis", "Finding", "doctor"]
@@ -120,7 +120,7 @@ def doctor(uri: str | os.PathLike[str] | None = None, **options: Unpack[Options]
     name = None if uri is None else os.fspath(uri)
     fixed = None if resolved.concurrency == "auto" else resolved.concurrency
     source = None if name is None else open_source(name, concurrency=fixed)
-    concurrency = fixed or (source.concurrency if source is not None else 0)
+    concurrency = fixed or (0 if source is None else source.most_concurrency or source.concurrency)
     findings = [
         *_options(origins),
         *_versions(),
@@ -280,9 +280,9 @@ def _use(options: LoadOptions, source: Source | None) -> Iterator[Finding]:
     assert options.memory_bytes is not None
     yield Finding("use", "memory", format_bytes(options.memory_bytes))
     if source is not None:
-        read_bytes, concurrency = effective_reads(source, options)
+        read_bytes, concurrency, most = effective_reads(source, options)
         yield Finding("use", "source", source.scheme, type(source).__qualname__)
-        yield Finding("use", "reads", f"{concurrency} of {format_bytes(read_bytes)} in flight")
+        yield Finding("use", "reads", f"{format_range(concurrency, most)} of {format_bytes(read_bytes)} in flight")
 
 
 def _line(error: BaseException) -> str:

@@ -186,9 +186,21 @@ class ObjectChangedError(SourceError):
 
 
 class TransientError(SourceError):
-    """The source failed in a way that another try may mend."""
+    """The source failed in a way that another try may mend.
+
+    Args:
+        cause: As of every error; so are the other arguments.
+        throttled: Whether the source asked for less, or did not answer in time: fewer reads at once may help.
+    """
 
     retryable: ClassVar[bool] = True
+
+    def __init__(self, cause: str, *, throttled: bool = False, **where: Any) -> None:
+        super().__init__(cause, **where)
+        self.throttled = throttled
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"throttled": self.throttled}
 
 
 class TruncatedReadError(TransientError):

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 __all__ = ["Event", "EventKind", "OnEvent", "OnProgress", "Progress"]
 
-EventKind: TypeAlias = Literal["list", "header", "read", "copy", "consumer", "retry", "limit"]
+EventKind: TypeAlias = Literal["list", "header", "read", "copy", "consumer", "retry", "hedge", "limit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class Event:
     Attributes:
         kind: ``list`` (objects listed), ``header`` (a file's header read), ``read`` (one ranged read, its retries
             included), ``copy`` (one copy to the device), ``consumer`` (the consumer held a batch), ``retry`` (an
-            attempt failed and is made again), ``limit`` (a tensor larger than ``memory_bytes`` raised the limit).
+            attempt failed and is made again), ``hedge`` (a late read was asked for a second time), ``limit`` (a tensor
+            larger than ``memory_bytes`` raised the limit).
         lane: Who did it: ``engine``, ``worker 3``, ``copy stream``, ``consumer``.
         started_s: When it began, in seconds since the load began.
         seconds: How long it took; zero for an instant.

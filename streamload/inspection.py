@@ -29,7 +29,8 @@ class Inspection:
         uri: What was inspected.
         plan: How it would be read with the options given; ``plan.catalog`` has the tensors.
         read_bytes: No read is larger.
-        concurrency: How many reads would be in flight.
+        concurrency: How many reads would be in flight to begin with.
+        most_concurrency: How many there would be where more of them bring more.
         requests: How many requests it took to find out.
     """
 
@@ -37,6 +38,7 @@ class Inspection:
     plan: Plan
     read_bytes: int
     concurrency: int
+    most_concurrency: int
     requests: int
 
     def bytes_by_dtype(self) -> dict[str, tuple[int, int]]:
@@ -87,6 +89,7 @@ class Inspection:
             found["plan"] = {
                 "read_bytes": self.read_bytes,
                 "concurrency": self.concurrency,
+                "most_concurrency": self.most_concurrency,
                 "gap_bytes": self.plan.gap_bytes,
                 "reads": [
                     {
@@ -128,6 +131,7 @@ def inspect(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Inspecti
             plan=planned.plan,
             read_bytes=planned.read_bytes,
             concurrency=planned.concurrency,
+            most_concurrency=planned.most_concurrency,
             requests=source.requests,
         )
 

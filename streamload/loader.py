@@ -15,9 +15,12 @@ from streamload.deadlines import deadline
 from streamload.errors import ClosedError, StreamloadError
 from streamload.options import LoadOptions, Options, resolve
 from streamload.pipeline.budget import Budget
+from streamload.pipeline.concurrency import ConcurrencyTuner
 from streamload.pipeline.engine import Engine, first_error
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.handoff import Finished, Handoff
+from streamload.pipeline.hedge import Hedger
+from streamload.pipeline.pace import Pace
 from streamload.pipeline.run import Pipeline
 from streamload.plan import Plan
 from streamload.planning import PlannedLoad, plan_load
@@ -166,11 +169,12 @@ class _Load:
         async with self._source as source, watch(self.options.progress, recorder):
             recorder.count_requests(lambda: source.requests)
             recorder.paths = source.paths
-            fetcher = Fetcher(source, recorder)
+            pace = None if self.options.max_bytes_per_s is None else Pace(self.options.max_bytes_per_s)
             try:
                 # Not around what closes the source: that has limits of its own, and must not be cut off.
                 async with deadline(self.options.deadline_s, self._how_far):
-                    await self._flow(await plan_load(source, fetcher, recorder, self.options), fetcher)
+                    planned = await plan_load(source, Fetcher(source, recorder, pace=pace), recorder, self.options)
+                    await self._flow(planned, pace)
             finally:
                 self.engine.ignore_cancel()
 
@@ -181,28 +185,32 @@ class _Load:
             f"{recorder.total_bytes} bytes had arrived"
         )
 
-    async def _flow(self, planned: PlannedLoad, fetcher: Fetcher) -> None:
-        options, recorder = self.options, self.recorder
+    async def _flow(self, planned: PlannedLoad, pace: Pace | None) -> None:
+        options, recorder, source = self.options, self.recorder, self._source
         assert options.memory_bytes is not None
+        budget = Budget(options.memory_bytes)
+        tuner = ConcurrencyTuner(planned.concurrency, most=planned.most_concurrency)
+        hedger = Hedger(source, budget, recorder, pace=pace) if source.hedged else None
         sink = self._make_sink(
             memory_bytes=options.memory_bytes,
             read_bytes=planned.read_bytes,
-            concurrency=planned.concurrency,
-            congruence_bytes=self._source.congruence_bytes,
+            # Page-locked memory takes long to get, so not for as many reads as there may be at the very most.
+            concurrency=min(planned.most_concurrency, 2 * planned.concurrency),
+            congruence_bytes=source.congruence_bytes,
         )
         try:
             sink.check(planned.plan.catalog)
             pipeline = Pipeline(
                 planned.plan,
                 planned.objects,
-                fetcher=fetcher,
+                fetcher=Fetcher(source, recorder, pace=pace, hedger=hedger, refused=tuner.refused),
                 sink=sink,
-                budget=Budget(options.memory_bytes),
+                budget=budget,
                 handoff=self.handoff,
                 recorder=recorder,
                 verifier=planned.verifier,
                 post=self.engine.post,
-                concurrency=planned.concurrency,
+                tuner=tuner,
                 strict=options.strict_memory,
             )
             self.opened.set_result(planned.plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from streamload.checksums import RunningChecksum
 
@@ -17,15 +17,17 @@ class Loan:
     `quarantine` before it raises: the memory is then never lent again and never freed while the process lives.
 
     A source that learns of bytes as they land says so with `landed`: then they are summed up while the processor still
-    has them at hand.
+    has them at hand, and it is known how far the read is.
 
     Attributes:
         views: One-dimensional writable byte views; none of them is empty.
         nbytes: Their length together, in bytes.
         checksum: Of what has landed so far, where it is wanted; it may stay behind what is in place.
+        landed_bytes: How many bytes the source has said to be in place.
+        heard: Told of the length of each piece that lands, where somebody counts them.
     """
 
-    __slots__ = ("_parent", "_quarantined", "checksum", "nbytes", "views")
+    __slots__ = ("_parent", "_quarantined", "checksum", "heard", "landed_bytes", "nbytes", "views")
 
     def __init__(self, views: Sequence[memoryview], *, parent: Loan | None = None) -> None:
         self.views: tuple[memoryview, ...] = tuple(view for view in views if view.nbytes)
@@ -33,6 +35,8 @@ class Loan:
         self._parent = parent
         self._quarantined = False
         self.checksum: RunningChecksum | None = None if parent is None else parent.checksum
+        self.landed_bytes = 0
+        self.heard: Callable[[int], object] | None = None if parent is None else parent.heard
 
     @property
     def quarantined(self) -> bool:
@@ -47,24 +51,30 @@ class Loan:
 
     def landed(self, view: memoryview) -> None:
         """Say that these bytes, the next ones in order, are in place and stay there."""
+        loan: Loan | None = self
+        while loan is not None:
+            loan.landed_bytes += view.nbytes
+            loan = loan._parent
         if self.checksum is not None:
             self.checksum.add(view)
+        if self.heard is not None:
+            self.heard(view.nbytes)
 
     def after(self, nbytes: int) -> Loan:
         """The same loan without its first `nbytes` bytes: where a retry goes on."""
         if self.checksum is not None and self.checksum.nbytes != nbytes:
             # What was summed up is not what counts as being in place: it is summed up again at the end.
             self.checksum = None
-        return Loan(_split(self.views, nbytes), parent=self)
+        return Loan(self.views_after(nbytes), parent=self)
 
-
-def _split(views: Sequence[memoryview], skip: int) -> list[memoryview]:
-    """The views with their first `skip` bytes left out."""
-    rest: list[memoryview] = []
-    for view in views:
-        if skip >= view.nbytes:
-            skip -= view.nbytes
-        else:
-            rest.append(view[skip:] if skip else view)
-            skip = 0
-    return rest
+    def views_after(self, nbytes: int) -> list[memoryview]:
+        """The views without their first `nbytes` bytes."""
+        skip = nbytes
+        rest: list[memoryview] = []
+        for view in self.views:
+            if skip >= view.nbytes:
+                skip -= view.nbytes
+            else:
+                rest.append(view[skip:] if skip else view)
+                skip = 0
+        return rest

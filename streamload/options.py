@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from streamload.errors import OptionError
 from streamload.events import OnEvent, OnProgress
@@ -44,7 +44,10 @@ class LoadOptions:
         strict_memory: Whether a tensor larger than ``memory_bytes`` is an error, rather than raising the limit.
         read_bytes: How large a read should be; never more than a quarter of ``memory_bytes``. None: what the source
             prefers.
-        concurrency: How many reads are in flight; ``"auto"``: what the source prefers.
+        concurrency: How many reads are in flight; ``"auto"``: what the source prefers, and for an object store what
+            turns out to bring the most.
+        max_bytes_per_s: The load takes no more than so many bytes a second from the source, on average over a second or
+            so, whatever the link would bear: for those who share it. None: no limit.
         order: ``"completion"`` yields tensors as they are complete, ``"file"`` in the order of the files' bytes.
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
         verify: ``"auto"`` checks content against the checksums that the source keeps; ``"off"`` does not.
@@ -60,6 +63,7 @@ class LoadOptions:
     strict_memory: bool = False
     read_bytes: int | None = None
     concurrency: Concurrency = "auto"
+    max_bytes_per_s: float | None = None
     order: Order = "completion"
     deadline_s: float | None = None
     verify: Verify = "auto"
@@ -85,11 +89,12 @@ class LoadOptions:
             _check_integer("read_bytes", self.read_bytes, LEAST_READ_BYTES)
         if self.concurrency != "auto":
             _check_integer("concurrency", self.concurrency, 1, _CONCURRENCY_MOST)
+        if self.max_bytes_per_s is not None:
+            _check_positive("max_bytes_per_s", self.max_bytes_per_s, "bytes a second above zero")
         _check(self.order in ("completion", "file"), "order", self.order, "'completion' or 'file'")
         _check(self.verify in ("auto", "off"), "verify", self.verify, "'auto' or 'off'")
         if self.deadline_s is not None:
-            number = isinstance(self.deadline_s, int | float) and not isinstance(self.deadline_s, bool)
-            _check(number and 0 < self.deadline_s < float("inf"), "deadline_s", self.deadline_s, "seconds above zero")
+            _check_positive("deadline_s", self.deadline_s, "seconds above zero")
         for name in ("strict_memory",):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
@@ -107,6 +112,7 @@ class Options(TypedDict, total=False):
     strict_memory: bool
     read_bytes: int | None
     concurrency: Concurrency
+    max_bytes_per_s: float | None
     order: Order
     deadline_s: float | None
     verify: Verify
@@ -214,6 +220,7 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "strict_memory": _parse_flag,
     "read_bytes": parse_bytes,
     "concurrency": _parse_concurrency,
+    "max_bytes_per_s": parse_bytes,
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
@@ -228,12 +235,19 @@ def _shown(name: str, value: object) -> str:
         return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, tuple):
         return ", ".join(value) if value else "none"
+    if name == "max_bytes_per_s":
+        return "no limit" if value is None else str(value)
     return "the source's choice" if name == "read_bytes" and value is None else str(value)
 
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise OptionError(f"{name}={value!r} is not {expected}")
+
+
+def _check_positive(name: str, value: object, expected: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    _check(number and 0 < cast("float", value) < float("inf"), name, value, expected)
 
 
 def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:

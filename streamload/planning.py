@@ -15,6 +15,9 @@ from streamload.sources import Source, SourceObject
 
 __all__ = ["PlannedLoad", "effective_reads", "plan_load"]
 
+# Under a limit on the rate, a read is no longer than what may pass in this time.
+_PACED_READ_S = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedLoad:
@@ -24,7 +27,8 @@ class PlannedLoad:
         plan: The reads.
         objects: The shard files as the source knows them, by key.
         read_bytes: No read is larger.
-        concurrency: How many are in flight.
+        concurrency: How many are in flight to begin with.
+        most_concurrency: How many there may be.
         verifier: Checks what arrives.
     """
 
@@ -33,6 +37,7 @@ class PlannedLoad:
     verifier: Verifier
     read_bytes: int
     concurrency: int
+    most_concurrency: int
 
 
 async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, options: LoadOptions) -> PlannedLoad:
@@ -49,25 +54,27 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
         SourceError: The source's.
     """
     recorder.source = source.scheme
-    read_bytes, concurrency = effective_reads(source, options)
+    read_bytes, concurrency, most_concurrency = effective_reads(source, options)
     verify = options.verify != "off"
     everything = not (options.include or options.exclude)
-    found = await discover(fetcher, recorder, concurrency, keep_headers=verify, checksums=verify and everything)
+    found = await discover(fetcher, recorder, most_concurrency, keep_headers=verify, checksums=verify and everything)
     catalog = select(found.catalog, options.include, options.exclude)
     checksums = found.checksums
     if verify and not everything:
         # Only those that are read whole can be compared.
         tensors = {file.key: len(file.tensors) for file in found.catalog.files}
         whole = [found.objects[file.key] for file in catalog.files if len(file.tensors) == tensors[file.key]]
-        checksums = await ask_checksums(fetcher, whole, concurrency)
+        checksums = await ask_checksums(fetcher, whole, most_concurrency)
     plan = plan_reads(catalog, read_bytes=read_bytes, gap_bytes=source.request_cost_bytes)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
     verifier = Verifier(plan, checksums, found.headers, recorder, off=not verify)
-    return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency)
+    return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency)
 
 
-def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int]:
-    """How large a read may be, in bytes, and how many are in flight: what the caller asked for, or the source's choice.
+def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int, int]:
+    """How large a read may be, in bytes, how many are in flight to begin with, and how many there may be.
+
+    It is what the caller asked for, or the source's choice.
 
     Args:
         source: Opened or not.
@@ -76,4 +83,11 @@ def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int]:
     # Small tensors are read together, and a read of theirs must not be what fills the memory.
     assert options.memory_bytes is not None
     read_bytes = min(options.read_bytes or source.read_bytes, max(LEAST_READ_BYTES, options.memory_bytes // 4))
-    return read_bytes, source.concurrency if options.concurrency == "auto" else options.concurrency
+    if options.max_bytes_per_s is not None:
+        # A read takes the link's whole rate while it lasts: smaller ones keep closer to the one that is allowed.
+        read_bytes = min(read_bytes, max(LEAST_READ_BYTES, int(options.max_bytes_per_s * _PACED_READ_S)))
+    if options.concurrency != "auto":
+        return read_bytes, options.concurrency, options.concurrency
+    # Half of the memory is for what has arrived and was not taken yet: more reads would only wait for it.
+    most = min(source.most_concurrency or source.concurrency, max(1, options.memory_bytes // (2 * read_bytes)))
+    return read_bytes, source.concurrency, max(source.concurrency, most)

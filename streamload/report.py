@@ -56,6 +56,9 @@ class Report:
         paths: Bytes by the way they came, where the source has more than one.
         reads: Ranged reads of tensor bytes that have ended.
         retries: Attempts that failed and were made again.
+        concurrency: Reads in flight at most, at the end.
+        most_concurrency: The most that this number was.
+        hedged_bytes: Bytes of late reads that were asked for a second time.
         fetched_bytes: Bytes read from the source: tensors, headers, gaps.
         header_bytes: Bytes read to learn the headers, what a first guess brought beyond them included.
         memory_bytes: The limit.
@@ -84,6 +87,9 @@ class Report:
     paths: dict[str, int]
     reads: int
     retries: int
+    concurrency: int
+    most_concurrency: int
+    hedged_bytes: int
     fetched_bytes: int
     header_bytes: int
     memory_bytes: int
@@ -134,6 +140,11 @@ def _lines(report: Report) -> Iterator[str]:
         f"  requests       {report.requests}, {report.retries} retried; {format_bytes(report.fetched_bytes)} fetched, "
         f"{report.read_amplification:.3f} x what was delivered"
     )
+    if report.concurrency:
+        found = f", {report.most_concurrency} at most" if report.most_concurrency != report.concurrency else ""
+        yield f"  at once        {report.concurrency} reads{found}"
+    if report.hedged_bytes:
+        yield f"  asked twice    {format_bytes(report.hedged_bytes)} of reads that were late"
     for path, nbytes in report.paths.items():
         yield f"  came           {format_bytes(nbytes)} {path}"
     limit = format_bytes(report.memory_bytes)
@@ -209,6 +220,10 @@ class Recorder:
         self.fetched_bytes = 0
         self.header_bytes = 0
         self.arrived_bytes = 0
+        self.landed_bytes = 0
+        self.hedged_bytes = 0
+        self.concurrency = 0
+        self.most_concurrency = 0
         self.raised_memory_bytes = 0
         self.peak_staged_bytes = 0
         self.quarantined_bytes = 0
@@ -304,6 +319,15 @@ class Recorder:
         _logger.info("retrying: %s", error)
         self.event("retry", lane, self.now(), object=error.object, start=error.start, end=error.end, detail=error.cause)
 
+    def landed(self, nbytes: int) -> None:
+        """So many bytes of a read that may still be under way are in place."""
+        self.landed_bytes += nbytes
+
+    def reading(self, concurrency: int) -> None:
+        """So many reads may be in flight from now on."""
+        self.concurrency = concurrency
+        self.most_concurrency = max(self.most_concurrency, concurrency)
+
     def verified(self, nbytes: int, what: str) -> None:
         """So many tensor bytes were checked."""
         self._verified[what] += nbytes
@@ -354,6 +378,9 @@ class Recorder:
             paths=dict(self.paths),
             reads=self.reads,
             retries=self.retries,
+            concurrency=self.concurrency,
+            most_concurrency=self.most_concurrency,
+            hedged_bytes=self.hedged_bytes,
             fetched_bytes=self.fetched_bytes,
             header_bytes=self.header_bytes,
             memory_bytes=self.memory_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "format_count", "format_seconds", "parse_bytes"]
+__all__ = ["format_bytes", "format_count", "format_range", "format_seconds", "parse_bytes"]
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _FACTORS = {"": 1, "B": 1} | {
@@ -27,6 +27,11 @@ def format_bytes(nbytes: int) -> str:
 def format_count(number: int, thing: str) -> str:
     """`number` of a thing whose plural ends in s: ``1 file``, ``2 files``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def format_range(least: int, most: int) -> str:
+    """From `least` to `most`, or the one number where they are the same: ``8``, ``8 to 64``."""
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def format_seconds(seconds: float) -> str:

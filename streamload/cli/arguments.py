@@ -44,6 +44,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
     )
     group.add_argument("--read-bytes", type=_nbytes, metavar="N", help="how large a read should be, such as 8MiB")
+    group.add_argument(
+        "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
+    )
     group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
 

@@ -9,7 +9,7 @@ import streamload
 from streamload.cli import arguments, console
 from streamload.cli.signals import Signals
 from streamload.cli.tables import table, terminal_width
-from streamload.units import format_bytes, format_count
+from streamload.units import format_bytes, format_count, format_range
 
 __all__ = ["SUMMARY", "configure", "run"]
 
@@ -78,8 +78,9 @@ def _dtypes(found: streamload.Inspection) -> str:
 
 def _plan(found: streamload.Inspection, width: int | None) -> Iterator[str]:
     plan = found.plan
+    at_once = format_range(found.concurrency, found.most_concurrency)
     yield (
-        f"plan: {format_count(plan.reads, 'read')} of at most {format_bytes(found.read_bytes)}, {found.concurrency} in "
+        f"plan: {format_count(plan.reads, 'read')} of at most {format_bytes(found.read_bytes)}, {at_once} in "
         f"flight; {format_bytes(plan.tensor_bytes)} of tensors and {format_bytes(plan.gap_bytes)} of gaps between them"
     )
     for number, file in enumerate(plan.catalog.files):

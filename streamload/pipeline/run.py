@@ -13,12 +13,14 @@ All of it runs on the engine's loop, in one TaskGroup: the first error cancels e
 from __future__ import annotations
 
 import asyncio
+import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamload.errors import MemoryLimitError
 from streamload.pipeline.budget import Budget
+from streamload.pipeline.concurrency import ConcurrencyTuner
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.handoff import Finished, Handoff
 from streamload.pipeline.verify import Verifier
@@ -55,7 +57,7 @@ class Pipeline:
         recorder: What is told of it all.
         verifier: Checks what arrives.
         post: Calls a function on the engine's loop, from the consumer's thread.
-        concurrency: How many reads are in flight at most.
+        tuner: Says how many reads are in flight at most.
         strict: Whether a tensor that is larger than the budget is an error.
     """
 
@@ -71,7 +73,7 @@ class Pipeline:
         recorder: Recorder,
         verifier: Verifier,
         post: Callable[[Callable[[], object]], None],
-        concurrency: int,
+        tuner: ConcurrencyTuner,
         strict: bool = False,
     ) -> None:
         self._plan = plan
@@ -84,10 +86,13 @@ class Pipeline:
         self._verifier = verifier
         self._strict = strict
         self._post = post
-        self._workers = max(1, min(concurrency, plan.reads))
+        self._tuner = tuner
+        self._free_lanes = list(range(tuner.most))
+        self._all_begun = plan.reads == 0 and not plan.batches
         self._batches = iter(plan.batches)
         self._reads: deque[tuple[_OpenBatch, Read]] = deque()  # of the batch that was begun last
         self._turn = asyncio.Lock()
+        self._workers = 0
         self._open: set[_OpenBatch] = set()
         self._untaken = 0
         self._untaken_bytes = 0
@@ -110,8 +115,7 @@ class Pipeline:
             self._refuse_large()
         try:
             async with asyncio.TaskGroup() as group:
-                for number in range(self._workers):
-                    group.create_task(self._work(group, f"worker {number}"), name=f"worker {number}")
+                self._staff(group)
             self._starved = True
             self._settle()
             while self._untaken:
@@ -160,14 +164,26 @@ class Pipeline:
                     end=largest.end,
                 )
 
-    async def _work(self, group: asyncio.TaskGroup, lane: str) -> None:
-        while (item := await self._next(group)) is not None:
+    def _staff(self, group: asyncio.TaskGroup) -> None:
+        """Have as many workers as reads may be in flight; those who are too many leave by themselves."""
+        self._recorder.reading(self._tuner.target)
+        while not self._all_begun and self._workers < min(self._tuner.target, self._plan.reads or 1):
+            lane = heapq.heappop(self._free_lanes)
+            self._workers += 1
+            group.create_task(self._work(group, lane), name=f"worker {lane}")
+
+    async def _work(self, group: asyncio.TaskGroup, lane: int) -> None:
+        while self._workers <= self._tuner.target and (item := await self._next(group)) is not None:
             open_batch, read = item
-            await self._read(open_batch, read, lane)
+            await self._read(open_batch, read, f"worker {lane}")
             open_batch.pending -= 1
             if open_batch.pending == 0:
                 # In a task of its own: a copy to the device that is still under way must not keep this worker.
                 group.create_task(self._deliver(open_batch))
+            self._tuner.read_ended(self._recorder.now(), self._recorder.landed_bytes)
+            self._staff(group)
+        self._workers -= 1
+        heapq.heappush(self._free_lanes, lane)
 
     async def _next(self, group: asyncio.TaskGroup) -> tuple[_OpenBatch, Read] | None:
         """The next read of the plan, or None at its end.
@@ -181,6 +197,7 @@ class Pipeline:
             while not self._reads:
                 batch = next(self._batches, None)
                 if batch is None:
+                    self._all_begun = True
                     return None
                 open_batch = await self._begin(batch)
                 self._reads.extend((open_batch, read) for read in batch.reads)
@@ -212,6 +229,8 @@ class Pipeline:
             await budget.acquire(credit_bytes)
             self._starved = False
             self._watch_consumer()
+            # How fast bytes came meanwhile says nothing about the source.
+            self._tuner.begin(recorder.now(), recorder.landed_bytes)
         else:
             await budget.acquire(credit_bytes)
         recorder.peak_staged_bytes = budget.peak_bytes
@@ -236,6 +255,7 @@ class Pipeline:
         started_s = recorder.now()
         recorder.start("read")
         try:
+            loan.heard = recorder.landed
             loan.checksum = self._verifier.running(object.key)
             await self._fetcher.read(object, read.start, read.end, loan, lane)
             self._verifier.add(object.key, read.start, loan)
@@ -246,6 +266,7 @@ class Pipeline:
         finally:
             recorder.stop("read")
         recorder.reads += 1
+        recorder.landed(read.nbytes - loan.landed_bytes)  # of a source that tells nothing before the end
         recorder.fetched_bytes += read.nbytes
         recorder.arrived_bytes += read.nbytes - read.gap_bytes
         recorder.event("read", lane, started_s, object=object.key, start=read.start, end=read.end, nbytes=read.nbytes)

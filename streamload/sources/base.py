@@ -41,7 +41,9 @@ class Source(ABC):
         scheme: The first scheme that this source serves, for reports.
         request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
         read_bytes: How large a read should be where the caller says nothing.
-        concurrency: How many reads should be in flight where the caller says nothing.
+        concurrency: How many reads should be in flight where the caller says nothing: to begin with, where more may be.
+        most_concurrency: How many there may be where more of them bring more; None where `concurrency` is the best.
+        hedged: Whether a read that is late should be asked for a second time.
         congruence_bytes: Reads are fastest into addresses that are congruent to the bytes' place in the object modulo
             this power of two; 1 where it makes no difference.
         requests: How many requests (or system calls that read) have been sent so far.
@@ -52,6 +54,8 @@ class Source(ABC):
     request_cost_bytes: ClassVar[int]
     read_bytes: ClassVar[int]
     concurrency: ClassVar[int]
+    most_concurrency: ClassVar[int | None] = None
+    hedged: ClassVar[bool] = False
     congruence_bytes: ClassVar[int] = 1
 
     def __init__(self, uri: str) -> None:

@@ -50,7 +50,7 @@ class S3Source(Source):
 
     Args:
         uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it.
-        concurrency: How many reads should be possible at once; by default, the class's `concurrency`.
+        concurrency: How many reads should be possible at once; by default, the class's `most_concurrency`.
         connect_timeout_s: How long making a connection may take: two lost packets are mended after 3 s.
         read_timeout_s: How long a connection may be silent. S3 sends the first byte within a second nearly always; a
             store that fetches from a slower one takes longer.
@@ -65,8 +65,11 @@ class S3Source(Source):
     request_cost_bytes: ClassVar[int] = 1 << 20
     # S3's own advice is ranges of 8 to 16 MB; the smaller ones share the work out more evenly and retry less.
     read_bytes: ClassVar[int] = 8 << 20
-    # At about 90 MB/s a connection, what a link of 10 Gbit/s takes; 128 MiB in flight.
-    concurrency: ClassVar[int] = 16
+    # What a link of 5 Gbit/s takes at about 90 MB/s a connection; where more bring more, there will be more.
+    concurrency: ClassVar[int] = 8
+    # What a link of 50 Gbit/s takes.
+    most_concurrency: ClassVar[int | None] = 64
+    hedged: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class S3Source(Source):
     ) -> None:
         super().__init__(uri)
         self._place = _place_of(uri)
-        self._connections = (self.concurrency if concurrency is None else concurrency) + _SPARE_CONNECTIONS
+        self._connections = (concurrency or self.most_concurrency or self.concurrency) + _SPARE_CONNECTIONS
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._operations = Operations()

@@ -62,6 +62,22 @@ _CODES: dict[str, type[SourceError]] = {
     "TooManyRequests": TransientError,
 }
 
+# With these the server asks for fewer requests.
+_THROTTLED = {
+    "SlowDown",
+    "SlowDownRead",
+    "ServiceUnavailable",
+    "Busy",
+    "BandwidthLimitExceeded",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+}
+_THROTTLED_STATUSES = {408, 429, 503}
+
 # For answers without a code: those to HEAD, and those of proxies and load balancers.
 _STATUSES: dict[int, type[SourceError]] = {
     401: CredentialsError,
@@ -156,6 +172,8 @@ def _answered(error: boto.ClientError, bucket: str, version: str | None) -> Sour
         cause = f"the object is no longer the version {version} that was seen first"
     elif code in _ADVICE:
         cause = f"{_ADVICE[code]} ({cause})"
+    if kind is TransientError:
+        return TransientError(cause, throttled=code in _THROTTLED or (not code and status in _THROTTLED_STATUSES))
     return kind(cause)
 
 

@@ -269,7 +269,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._loop.time() < due_s:
             self._timer = self._loop.call_at(due_s, self._check_stall)
         else:
-            self._fail(TransientError(f"{self.host} sent nothing for {self._stall_s:g} s"))
+            self._fail(TransientError(f"{self.host} sent nothing for {self._stall_s:g} s", throttled=True))
 
     def _broken(self, error: Exception | None) -> SourceError:
         cause = f": {error}" if error is not None else ""

@@ -128,7 +128,7 @@ class Pool:
                 error = failure
                 self._shunned[address] = asyncio.get_running_loop().time()
         cause = f"no answer within {self._connect_timeout_s:g} s" if isinstance(error, TimeoutError) else error
-        raise TransientError(f"cannot reach {self.name}: {cause}")
+        raise TransientError(f"cannot reach {self.name}: {cause}", throttled=isinstance(error, TimeoutError))
 
     async def _connect_to(self, address: str) -> Connection:
         # A task, so that closing the pool can end it.

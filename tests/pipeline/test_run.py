@@ -16,6 +16,7 @@ from streamload.errors import AccessError, ChecksumError, ObjectChangedError, Tr
 from streamload.loan import Loan
 from streamload.options import LoadOptions
 from streamload.pipeline.budget import Budget
+from streamload.pipeline.concurrency import ConcurrencyTuner
 from streamload.pipeline.engine import first_error, new_event_loop
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.handoff import Handoff
@@ -108,7 +109,7 @@ class Run:
             recorder=self.recorder,
             verifier=planned.verifier,
             post=self._post,
-            concurrency=planned.concurrency,
+            tuner=ConcurrencyTuner(planned.concurrency, most=planned.most_concurrency),
         )
         try:
             await pipeline.run()

@@ -1,18 +1,65 @@
-"""Which ranges of an arena are unused, neighbours joined, and how much of them still holds pages."""
+"""Which ranges of an arena are unused, and which of their pages are resident."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-__all__ = ["FreeSpace"]
+__all__ = ["FreeSpace", "Ranges"]
+
+
+class Ranges:
+    """A set of bytes as ranges, in order, neighbours joined."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        self.nbytes = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Each range's start and end, the lowest first."""
+        return iter(list(zip(self._starts, self._ends, strict=True)))
+
+    def add(self, start: int, end: int) -> None:
+        """Add a range of which nothing is in the set."""
+        self.nbytes += end - start
+        place = bisect_left(self._starts, start)
+        if place < len(self._starts) and self._starts[place] == end:
+            end = self._ends[place]
+            del self._starts[place], self._ends[place]
+        if place and self._ends[place - 1] == start:
+            self._ends[place - 1] = end
+        else:
+            self._starts.insert(place, start)
+            self._ends.insert(place, end)
+
+    def overlap(self, start: int, end: int) -> int:
+        """How many bytes of a range are in the set."""
+        first, last = bisect_right(self._ends, start), bisect_left(self._starts, end)
+        return sum(
+            min(end, high) - max(start, low)
+            for low, high in zip(self._starts[first:last], self._ends[first:last], strict=True)
+        )
+
+    def cut(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Take a range out; what of it was in the set, as starts and ends."""
+        first, last = bisect_right(self._ends, start), bisect_left(self._starts, end)
+        if first >= last:
+            return []
+        whole = list(zip(self._starts[first:last], self._ends[first:last], strict=True))
+        pieces = [(max(start, low), min(end, high)) for low, high in whole]
+        below, above = (self._starts[first], start), (end, self._ends[last - 1])
+        left = [(low, high) for low, high in (below, above) if low < high]
+        self._starts[first:last] = [low for low, _ in left]
+        self._ends[first:last] = [high for _, high in left]
+        self.nbytes -= sum(high - low for low, high in pieces)
+        return pieces
 
 
 class FreeSpace:
     """The unused ranges of ``[0, size)``.
 
-    A range is *dirty* as far as it was used before: its pages are still resident. What is known is an upper bound for
-    each range, since taking a part of a range does not tell which of its pages were the resident ones.
+    Unused bytes are *dirty* where they were used before and their pages are still resident.
 
     Args:
         size: The arena's size in bytes. All of it is unused and clean.
@@ -20,74 +67,52 @@ class FreeSpace:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._starts: list[int] = []
-        self._ranges: dict[int, tuple[int, int]] = {}  # start -> (size, dirty bytes at most)
-        self._ends: dict[int, int] = {}  # end -> start
-        self.nbytes = 0
-        self.dirty_bytes = 0
-        self._add(0, size, 0)
+        self._unused = Ranges()
+        self._unused.add(0, size)
+        self._dirty = Ranges()
 
-    def take(self, nbytes: int) -> int | None:
-        """Take from the smallest range that is large enough; its start, or None where none is."""
-        start = min(
-            (start for start in self._starts if self._ranges[start][0] >= nbytes),
-            key=lambda start: self._ranges[start][0],
-            default=None,
+    @property
+    def nbytes(self) -> int:
+        """How much is unused."""
+        return self._unused.nbytes
+
+    @property
+    def dirty_bytes(self) -> int:
+        """How much of that is resident."""
+        return self._dirty.nbytes
+
+    def find(self, nbytes: int) -> int | None:
+        """Where to take so many bytes, or None where no unused range is large enough.
+
+        Either end of each range counts: first by how much of it is resident, then by how little the range is larger.
+        """
+        places = (
+            (-self._dirty.overlap(place, place + nbytes), end - start, place)
+            for start, end in self._unused
+            if end - start >= nbytes
+            for place in (start, end - nbytes)
         )
-        if start is not None:
-            size, dirty = self._remove(start)
-            if size > nbytes:
-                self._add(start + nbytes, size - nbytes, min(dirty, size - nbytes))
-        return start
+        return min(places, default=(0, 0, None))[2]
 
-    def take_from_end(self, nbytes: int) -> int | None:
-        """Take the end of the highest range that is large enough; its start, or None where none is."""
-        for start in reversed(self._starts):
-            size, dirty = self._ranges[start]
-            if size >= nbytes:
-                self._remove(start)
-                if size > nbytes:
-                    self._add(start, size - nbytes, min(dirty, size - nbytes))
-                return start + size - nbytes
-        return None
+    def take(self, start: int, nbytes: int) -> list[tuple[int, int]]:
+        """Use what is unused; the starts and ends of those parts of it that are not resident."""
+        end = start + nbytes
+        self._unused.cut(start, end)
+        clean = Ranges()
+        clean.add(start, end)
+        for low, high in self._dirty.cut(start, end):
+            clean.cut(low, high)
+        return list(clean)
 
     def give(self, start: int, nbytes: int) -> None:
         """Take a used range back; all of it is dirty."""
-        dirty = nbytes
-        before = self._ends.get(start)
-        if before is not None:
-            size, more = self._remove(before)
-            start, nbytes, dirty = before, nbytes + size, dirty + more
-        if start + nbytes in self._ranges:
-            size, more = self._remove(start + nbytes)
-            nbytes, dirty = nbytes + size, dirty + more
-        self._add(start, nbytes, dirty)
+        self._unused.add(start, start + nbytes)
+        self._dirty.add(start, start + nbytes)
 
-    def dirty(self) -> Iterator[tuple[int, int, int]]:
-        """The ranges that may hold pages, as start, size and dirty bytes, the highest first."""
-        for start in reversed(self._starts.copy()):
-            size, dirty = self._ranges[start]
-            if dirty:
-                yield start, size, dirty
+    def dirty(self) -> list[tuple[int, int]]:
+        """The starts and ends of the dirty ranges, the highest first."""
+        return list(self._dirty)[::-1]
 
     def cleaned(self, start: int, nbytes: int) -> None:
-        """Note that the last `nbytes` bytes of the range that begins at `start` hold no pages any more."""
-        size, dirty = self._ranges[start]
-        left = min(dirty, size - nbytes)
-        self._ranges[start] = (size, left)
-        self.dirty_bytes -= dirty - left
-
-    def _add(self, start: int, size: int, dirty: int) -> None:
-        insort(self._starts, start)
-        self._ranges[start] = (size, dirty)
-        self._ends[start + size] = start
-        self.nbytes += size
-        self.dirty_bytes += dirty
-
-    def _remove(self, start: int) -> tuple[int, int]:
-        size, dirty = self._ranges.pop(start)
-        del self._starts[bisect_left(self._starts, start)]
-        del self._ends[start + size]
-        self.nbytes -= size
-        self.dirty_bytes -= dirty
-        return size, dirty
+        """Note that a dirty range holds no pages any more."""
+        self._dirty.cut(start, start + nbytes)

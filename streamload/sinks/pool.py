@@ -3,6 +3,9 @@
 Reading into memory that was used before is several times faster than reading into fresh memory, whose pages the kernel
 has to find and clear one by one. So tensors are built over regions of large private mappings (arenas), and a region
 comes back when the tensor's storage is garbage.
+
+Regions of many sizes, freed in another order than they were taken, leave gaps that are too small for the next one. Its
+address is then found elsewhere, and the gaps' pages are moved there: address space is plenty, resident memory is not.
 """
 
 from __future__ import annotations
@@ -12,14 +15,15 @@ import weakref
 from collections import deque
 
 from streamload.sinks.freespace import FreeSpace
+from streamload.sinks.pages import address_of, move_pages
 
 __all__ = ["PAGE_BYTES", "HostPool", "round_to_pages"]
 
 PAGE_BYTES = mmap.PAGESIZE
 
-
-# Regions smaller than this part of an arena count as small.
-_SMALL_PART = 16
+# Fewer pages are not worth moving: each move leaves the kernel with one more mapping to keep, of which a process may
+# have some ten thousands.
+_LEAST_MOVE_BYTES = 256 << 10
 
 # Larger arenas are of no use: what does not fit one gets another.
 _MAX_ARENA_BYTES = 1 << 30
@@ -41,16 +45,18 @@ class _Arena:
     also stay whole while one small tensor in it is kept.
     """
 
-    __slots__ = ("free", "mapping", "view")
+    __slots__ = ("address", "free", "mapping", "view")
 
     def __init__(self, nbytes: int) -> None:
         self.mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self.mapping)
+        self.address = address_of(self.mapping)
         self.free = FreeSpace(nbytes)
 
     def clean(self, start: int, nbytes: int) -> None:
         """Give the pages of an unused range back to the system; the addresses stay."""
         self.mapping.madvise(mmap.MADV_DONTNEED, start, nbytes)
+        self.free.cleaned(start, nbytes)
 
 
 class HostPool:
@@ -90,6 +96,8 @@ class HostPool:
         self._reclaim()
         size = round_to_pages(nbytes)
         arena, start = self._find(size)
+        for low, high in arena.free.take(start, size):
+            self._fill(arena, low, high)
         region = arena.view[start : start + nbytes]
         # No exit hook: at the interpreter's end there is nothing to give back to.
         weakref.finalize(region, self._returned.add, arena, start, size).atexit = False
@@ -106,15 +114,12 @@ class HostPool:
                 self._arenas.remove(arena)
                 excess -= arena.free.dirty_bytes
                 continue
-            for start, size, dirty in arena.free.dirty():
+            for low, high in arena.free.dirty():
                 if excess <= 0:
                     return
-                # Where in the range its resident pages are is not known, only how many there are at most: what is left
-                # of the range after cutting off this much of its end can hold no more than is wanted.
-                cut = round_to_pages(min(size, size - dirty + excess))
-                arena.clean(start + size - cut, cut)
-                arena.free.cleaned(start, cut)
-                excess -= min(dirty, excess)
+                cut = min(high - low, round_to_pages(excess))
+                arena.clean(high - cut, cut)
+                excess -= cut
 
     def close(self) -> None:
         """Give all unused memory back. Regions still in use stay valid, and go back to the system one by one."""
@@ -126,19 +131,27 @@ class HostPool:
         for arena in self._arenas:
             # What is larger than an arena does not share: its own would be cut up, and its pages never be let go.
             if self._is_special(arena) == (size > self._arena_bytes):
-                start = self._take(arena, size)
+                start = arena.free.find(size)
                 if start is not None:
                     return arena, start
         arena = _Arena(max(size, self._arena_bytes))
         self._arenas.append(arena)
-        start = self._take(arena, size)
-        assert start is not None
-        return arena, start
+        return arena, 0
 
-    def _take(self, arena: _Arena, size: int) -> int | None:
-        # Small regions between large ones would leave holes in which no large one fits any more.
-        small = size < self._arena_bytes // _SMALL_PART
-        return arena.free.take_from_end(size) if small else arena.free.take(size)
+    def _fill(self, arena: _Arena, low: int, high: int) -> None:
+        """Move unused resident pages into a part of an arena that was taken and has none.
+
+        What cannot be had so is found and cleared by the kernel when it is touched.
+        """
+        for donor in reversed(self._arenas):
+            for start, end in donor.free.dirty():
+                nbytes = min(end - start, high - low)
+                if nbytes < _LEAST_MOVE_BYTES:
+                    continue
+                if not move_pages(donor.address + end - nbytes, arena.address + low, nbytes):
+                    return
+                donor.free.cleaned(end - nbytes, nbytes)
+                low += nbytes
 
     def _is_special(self, arena: _Arena) -> bool:
         """Whether the arena was made for one region that is larger than arenas usually are."""

@@ -140,9 +140,10 @@ class Staging:
             granted.set_result(slot)
 
     def _cut(self, size: int) -> Slot | None:
-        start = self._free.take(size)
+        start = self._free.find(size)
         if start is None:
             return None
+        self._free.take(start, size)
         return Slot(self._view[start : start + size], self.memory[start : start + size], start)
 
     def _check(self, size: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import random
+import resource
 import threading
 from pathlib import Path
 
@@ -53,17 +55,47 @@ def test_regions_never_overlap_while_they_live() -> None:
     assert all(bool((tensor == number % 251).all()) for number, tensor in kept)
 
 
-def test_small_regions_leave_no_holes_between_large_ones() -> None:
+def test_gaps_that_are_too_small_lend_their_pages() -> None:
+    """No page is touched for the first time while unused ones are resident, wherever those are."""
     pool = HostPool(16 * MIB)
     kept, dropped = [], []
-    for _ in range(5):
-        dropped.append(pool.take(3 * MIB))
-        kept.append(pool.take(4096))
+    for number in range(5):
+        dropped.append(tensor_over(pool.take(3 * MIB)).fill_(1))
+        kept.append(tensor_over(pool.take(4096)).fill_(number + 10))
     del dropped
-    whole = pool.take(15 * MIB)
-    assert pool.resident_bytes == 15 * MIB + 5 * 4096 + pool.cached_bytes
-    assert pool.resident_bytes <= 16 * MIB, "it needed another arena"
-    del whole, kept
+    resident_bytes = pool.resident_bytes
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    whole = tensor_over(pool.take(15 * MIB)).fill_(2)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 500
+    assert pool.resident_bytes == resident_bytes
+    assert pool.cached_bytes == 0
+    assert all(bool((tensor == number + 10).all()) for number, tensor in enumerate(kept))
+    assert bool((whole == 2).all())
+
+
+def test_where_pages_cannot_be_moved_memory_is_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamload.sinks.pool.move_pages", lambda source, target, nbytes: False)
+    pool = HostPool(4 * MIB)
+    kept = [tensor_over(pool.take(MIB)).fill_(number) for number in range(4)]
+    del kept[1], kept[2]
+    assert pool.cached_bytes == 2 * MIB
+    tensor = tensor_over(pool.take(2 * MIB)).fill_(7)
+    assert pool.cached_bytes == 2 * MIB
+    assert [int(each[0]) for each in kept] == [0, 2]
+    assert bool((tensor == 7).all())
+
+
+def test_moving_pages_keeps_every_tensor_as_it_is() -> None:
+    pool = HostPool(8 * MIB)
+    generator = random.Random(5)
+    kept: dict[int, torch.Tensor] = {}
+    for number in range(400):
+        tensor = tensor_over(pool.take(generator.randrange(1, 3 * MIB)))
+        kept[number] = tensor.fill_(number % 251)
+        while sum(each.numel() for each in kept.values()) > 7 * MIB:
+            del kept[generator.choice(list(kept))]
+        pool.trim(MIB)
+    assert all(bool((tensor == number % 251).all()) for number, tensor in kept.items())
 
 
 def test_a_kept_region_outlives_the_pool() -> None:

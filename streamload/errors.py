@@ -191,16 +191,20 @@ class TransientError(SourceError):
     Args:
         cause: As of every error; so are the other arguments.
         throttled: Whether the source asked for less, or did not answer in time: fewer reads at once may help.
+        retry_after_s: How long the source asked to be left alone, in seconds; None where it did not say.
     """
 
     retryable: ClassVar[bool] = True
 
-    def __init__(self, cause: str, *, throttled: bool = False, **where: Any) -> None:
+    def __init__(
+        self, cause: str, *, throttled: bool = False, retry_after_s: float | None = None, **where: Any
+    ) -> None:
         super().__init__(cause, **where)
         self.throttled = throttled
+        self.retry_after_s = retry_after_s
 
     def _state(self) -> dict[str, Any]:
-        return super()._state() | {"throttled": self.throttled}
+        return super()._state() | {"throttled": self.throttled, "retry_after_s": self.retry_after_s}
 
 
 class TruncatedReadError(TransientError):

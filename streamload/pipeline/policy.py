@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamload.errors import StreamloadError
+from streamload.errors import StreamloadError, TransientError
 
 __all__ = ["RetryPolicy"]
 
@@ -21,7 +21,8 @@ class RetryPolicy:
             since a connection that is cut every few megabytes is no reason to give up. It bounds all attempts for a
             read of 8 MiB to some hundreds.
         first_backoff_s: The longest wait before the second attempt; it doubles with each.
-        longest_backoff_s: No wait is longer.
+        longest_backoff_s: No wait is longer, unless the source asks for it.
+        longest_asked_s: No wait that the source asks for is longer.
     """
 
     # Six attempts with these waits bridge about fifteen seconds, the order of a store's failover.
@@ -29,6 +30,7 @@ class RetryPolicy:
     progress_bytes: int = 64 << 10
     first_backoff_s: float = 0.5
     longest_backoff_s: float = 8.0
+    longest_asked_s: float = 30.0
 
     def failures(self, before: int, error: StreamloadError) -> int:
         """How many attempts in a row have failed to get further, this one included, after `before` of them."""
@@ -45,4 +47,9 @@ class RetryPolicy:
         if not error.retryable or failures >= self.attempts:
             return None
         ceiling = min(self.longest_backoff_s, self.first_backoff_s * 2.0 ** max(0, failures - 1))
-        return ceiling * jitter
+        wait_s = ceiling * jitter
+        asked_s = error.retry_after_s if isinstance(error, TransientError) else None
+        if asked_s is None:
+            return wait_s
+        # Not all at the moment that it named: whoever was turned away with us was told the same.
+        return max(wait_s, min(asked_s + wait_s, self.longest_asked_s))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -34,6 +35,19 @@ _MAX_PAGES = 100
 # Connections beyond those that read: for listing, and for a read that begins while another one's connection is closing.
 _SPARE_CONNECTIONS = 4
 
+# As the AWS command line writes them: an access point of S3's, of S3 Object Lambda's or of an outpost, with a slash or
+# a colon before its name; then the key.
+_ARN = re.compile(
+    r"(?P<bucket>arn:aws[a-z-]*:"
+    r"(?:s3|s3-object-lambda):[a-z0-9-]*:[0-9]{12}:accesspoint[/:][A-Za-z0-9.-]{1,63}"
+    r"|arn:aws[a-z-]*:s3-outposts:[a-z0-9-]+:[0-9]{12}:outpost[/:][A-Za-z0-9-]{1,63}[/:]accesspoint[/:][A-Za-z0-9-]{1,63}"
+    r")(?:/(?P<path>.*))?",
+    re.DOTALL,
+)
+
+# What may follow a question mark; after any other word it belongs to the key, which may have one.
+_OPTIONS = re.compile(r"(?:versionId|requestPayer)=[^&?/]*(?:&(?:versionId|requestPayer)=[^&?/]*)*")
+
 # The most that is taken from the connection's buffer at once. aiohttp stops reading the socket when it holds 128 KiB,
 # so this takes all there is; where that is one piece, as when we keep up, it is handed over without being joined.
 _MAX_PIECE_BYTES = 1 << 20
@@ -42,21 +56,25 @@ _MAX_PIECE_BYTES = 1 << 20
 class S3Source(Source):
     """The objects directly under ``s3://bucket/prefix``, or one, ``s3://bucket/folder/name.safetensors``.
 
-    A prefix means a folder, with a slash at its end or without. Endpoint, region, addressing style and credentials are
-    found as by all AWS tools: environment, profile, container, instance role; credentials that expire are refreshed.
+    A prefix means a folder, with a slash at its end or without. In the bucket's place there may be the ARN of an access
+    point. ``?versionId=...`` after one object's name means that version of it; ``?requestPayer=requester`` says that
+    whoever asks pays for it, and ``&`` joins the two.
+
+    Endpoint, region, addressing style and credentials are found as by all AWS tools: environment, profile, container,
+    instance role; credentials that expire are refreshed, and found anew where the server says that they have expired.
     Every read is of one ETag, sent as ``If-Match`` and compared with the answer's.
 
     A read that ends early, by an error or cancelled, closes its connection: the rest of its body would come first.
 
     Args:
-        uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it.
+        uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it, nor has any other ``?``.
         concurrency: How many reads should be possible at once; by default, the class's `most_concurrency`.
         connect_timeout_s: How long making a connection may take: two lost packets are mended after 3 s.
         read_timeout_s: How long a connection may be silent. S3 sends the first byte within a second nearly always; a
             store that fetches from a slower one takes longer.
 
     Raises:
-        OptionError: The URI names no bucket.
+        OptionError: The URI names no bucket, an ARN that is no access point's, or a version of more than one object.
     """
 
     scheme: ClassVar[str] = "s3"
@@ -162,15 +180,17 @@ class S3Source(Source):
             async with self._opening:
                 if self._client is None:
                     # Only here: importing botocore and aiohttp takes as long as a small load.
-                    from streamload.sources.s3_client import S3Client
+                    from streamload.sources.s3_client import Asked, S3Client
 
-                    self._client = await S3Client.open(
+                    asked = Asked(
                         self._place.bucket,
+                        versions=self._place.versions,
+                        requester_pays=self._place.requester_pays,
                         connections=self._connections,
                         connect_timeout_s=self._connect_timeout_s,
                         read_timeout_s=self._read_timeout_s,
-                        count=self._count,
                     )
+                    self._client = await S3Client.open(asked, count=self._count)
         return self._client
 
     def _count(self) -> None:
@@ -201,8 +221,7 @@ class S3Source(Source):
             _check_head(head.status, head.headers.get("etag"), head.headers.get("content-range"), object, start, end)
 
         try:
-            with client.translating(version=object.version):
-                await client.wire.get(self._place.prefix + object.key, start, end, object.version, loan, accept)
+            await client.get(self._place.prefix + object.key, start, end, object.version, loan, accept)
         except UnservedError as error:
             self._note_path(f"through aiobotocore: {error}", end - start)
             await self._fetch_plainly(client, object, start, end, ViewWriter(loan.views))
@@ -244,19 +263,47 @@ class S3Source(Source):
 
 
 class _Place(NamedTuple):
-    bucket: str
+    bucket: str  # its name, or the ARN of an access point
     prefix: str  # empty, or with a slash at its end
     name: str | None  # of the one object that the URI names
+    versions: dict[str, str]  # of that object, by its key in the bucket; empty for the newest
+    requester_pays: bool
 
 
 def _place_of(uri: str) -> _Place:
-    bucket, _, path = uri.partition("://")[2].partition("/")
+    rest, options = _options_of(uri.partition("://")[2], uri)
+    bucket, _, path = rest.partition("/")
+    if bucket.startswith("arn:"):
+        arn = _ARN.fullmatch(rest)
+        if arn is None:
+            raise OptionError("this is not the ARN of an access point, with a prefix or key after it or not", uri=uri)
+        bucket, path = arn["bucket"], arn["path"] or ""
     if not bucket or "@" in bucket:
         raise OptionError("an S3 URI is s3://bucket, s3://bucket/prefix or s3://bucket/key.safetensors", uri=uri)
+    version_id, requester_pays = options.get("versionId"), "requestPayer" in options
     if path.endswith(".safetensors"):
         folder, slash, name = path.rpartition("/")
-        return _Place(bucket, folder + slash, name)
-    return _Place(bucket, path if path.endswith("/") or not path else f"{path}/", None)
+        versions = {} if version_id is None else {path: version_id}
+        return _Place(bucket, folder + slash, name, versions, requester_pays)
+    if version_id is not None:
+        raise OptionError("versionId is of one object: name one that ends in .safetensors, not a prefix", uri=uri)
+    return _Place(bucket, path if path.endswith("/") or not path else f"{path}/", None, {}, requester_pays)
+
+
+def _options_of(rest: str, uri: str) -> tuple[str, dict[str, str]]:
+    """What comes before the last question mark, and the options after it; all of it where those are none."""
+    before, mark, after = rest.rpartition("?")
+    if not mark or not _OPTIONS.fullmatch(after):
+        return rest, {}
+    options: dict[str, str] = {}
+    for field in after.split("&"):
+        name, _, value = field.partition("=")
+        if name in options:
+            raise OptionError(f"{name} is given twice", uri=uri)
+        if not value or (name == "requestPayer" and value != "requester"):
+            raise OptionError(f"{name} is {value!r}: what is known is versionId=ID and requestPayer=requester", uri=uri)
+        options[name] = value
+    return before, options
 
 
 def _object(key: str, size_bytes: int | None, tag: str | None) -> SourceObject:

@@ -1,15 +1,16 @@
-"""An aiobotocore client for one bucket: opened with care, its requests counted, its errors ours."""
+"""Requests about one bucket: made with aiobotocore, mended where credentials or the clock are at fault, counted."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from email.utils import parsedate_to_datetime
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from aiobotocore.config import AioConfig
@@ -18,10 +19,22 @@ from botocore.exceptions import ClientError
 from botocore.loaders import Loader, create_loader
 
 from streamload.errors import CredentialsError, SourceError
-from streamload.sources.s3_errors import FOREIGN_ERRORS, error_code, translate_s3_error
+from streamload.loan import Loan
+from streamload.sources.s3_errors import (
+    EXPIRED,
+    FOREIGN_ERRORS,
+    SKEWED,
+    error_code,
+    error_headers,
+    translate_s3_error,
+)
+from streamload.sources.s3_signing import ServerClock, Signer, parse_date
 from streamload.sources.s3_wire import S3Wire
+from streamload.wire import Head
 
-__all__ = ["S3Client"]
+__all__ = ["Asked", "S3Client"]
+
+T = TypeVar("T")
 
 # Looking for credentials may run a program, or ask STS or a container's agent, each with retries of its own.
 _CREDENTIALS_TIMEOUT_S = 30.0
@@ -33,54 +46,244 @@ _ANSWER_TIMEOUT_S = 60.0
 # Statuses that S3 gives for several reasons: expired keys, unknown keys or no permission, no bucket or no object.
 _UNEXPLAINED = {400, 401, 403, 404}
 
+_REDIRECTS = {301, 302, 307}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is asked, and how.
+
+    Attributes:
+        bucket: The bucket's name or alias, or the ARN of an access point.
+        versions: The version ids of those keys that are not read at their newest version.
+        requester_pays: Whether whoever asks agrees to pay for it.
+        connections: How many connections there may be at once.
+        connect_timeout_s: How long making one may take, in seconds.
+        read_timeout_s: How long it may be silent, in seconds.
+    """
+
+    bucket: str
+    versions: dict[str, str]
+    requester_pays: bool
+    connections: int
+    connect_timeout_s: float
+    read_timeout_s: float
+
 
 class S3Client:
     """Asks S3 about one bucket.
 
+    Where the server says that the credentials have expired, they are found anew, as if the process had just begun, and
+    the request is made again. What is under way with the older ones goes on; if it is refused, it goes on with the
+    newer ones. Where the server says that the clock is wrong, requests are signed at the server's time from then on.
+    Both are done once for each request, and never for credentials or a time with which nothing was answered yet.
+
     Attributes:
         host: Who is asked: host and port.
-        wire: Reads ranges without aiobotocore's body.
     """
 
-    wire: S3Wire
-
-    def __init__(self, client: Any, credentials: Any, stack: AsyncExitStack, bucket: str) -> None:
-        self._client = client
-        self._credentials = credentials
-        self._stack = stack
-        self._bucket = bucket
+    def __init__(self, asked: Asked, count: Callable[[], None]) -> None:
+        self.host = "S3"
+        self._asked = asked
+        self._count = count
         self._style = "unknown"
-        self.host = urlsplit(client.meta.endpoint_url).netloc.rpartition("@")[2]
+        self._clock = ServerClock()
+        self._sessions = AsyncExitStack()  # all of them, the older ones included
+        self._session: _Session
+        self._renewing = asyncio.Lock()
+        self._failure: SourceError | None = None  # why credentials could not be had the last time
 
     @classmethod
-    async def open(
-        cls,
-        bucket: str,
-        *,
-        connections: int,
-        connect_timeout_s: float,
-        read_timeout_s: float,
-        count: Callable[[], None],
-    ) -> Self:
+    async def open(cls, asked: Asked, *, count: Callable[[], None]) -> Self:
         """Find the credentials and make the client; S3 itself is not asked yet.
 
         Args:
-            bucket: The bucket.
-            connections: How many connections there may be at once.
-            connect_timeout_s: How long making one may take.
-            read_timeout_s: How long it may be silent.
+            asked: What is asked.
             count: Called whenever a request is sent.
 
         Raises:
             CredentialsError: There are none.
             SourceError: The configuration found in the environment makes no sense.
         """
+        opened = cls(asked, count)
+        await opened._begin()
+        return opened
+
+    async def call(self, operation: str, *, version: str | None = None, **arguments: Any) -> dict[str, Any]:
+        """Make a request and wait for the head of its answer.
+
+        Args:
+            operation: The client's method: ``get_object``.
+            version: The tag that the request pins, for the error.
+            **arguments: The method's, all but the bucket, the version id and who pays.
+
+        Returns:
+            The answer. A body in it is the caller's to close.
+
+        Raises:
+            SourceError: Of the kind that fits; not located.
+        """
+        with self.translating(version=version):
+            return await self._request(operation, **arguments)
+
+    async def head(self, key: str) -> dict[str, Any]:
+        """HEAD an object.
+
+        Raises:
+            SourceError: Of the kind that fits; not located.
+        """
+        return await self.call("head_object", Key=key)
+
+    async def get(self, key: str, start: int, end: int, tag: str, loan: Loan, accept: Callable[[Head], None]) -> None:
+        """Ask for a range of an object at a version, without aiobotocore's body; see `S3Wire.get`.
+
+        Raises:
+            UnservedError: `call` must be asked instead.
+            SourceError: Of the kind that fits; not located.
+        """
+        with self.translating(version=tag):
+            await self._mended(lambda session: session.wire.get(key, start, end, tag, loan, accept))
+
+    @contextmanager
+    def translating(self, *, version: str | None = None) -> Iterator[None]:
+        """Turn what aiobotocore raises inside into errors of ours."""
+        try:
+            yield
+        except SourceError:
+            raise
+        except FOREIGN_ERRORS as error:
+            # Not chained: their texts are not ours, and may show an endpoint with a password in it.
+            raise translate_s3_error(error, host=self.host, bucket=self._asked.bucket, version=version) from None
+
+    async def describe(self, prefix: str) -> dict[str, str]:
+        """Endpoint, region, addressing style, kind of credentials, and the answer to one small listing."""
+        session = self._session
+        facts = {
+            "endpoint": f"{urlsplit(session.endpoint).scheme}://{self.host}",
+            "region": session.region,
+            "credentials": session.kind_of_credentials,
+        }
+        answer: dict[str, Any] = {}
+        asked = time.time()
+        try:
+            answer = await self._request("list_objects_v2", Prefix=prefix, MaxKeys=1)
+            facts["answer"] = str(answer["ResponseMetadata"]["HTTPStatusCode"])
+        except ClientError as error:
+            answer = error.response
+            code, status = error_code(error)
+            facts["answer"] = f"{status} {code}".strip()
+        except SourceError as error:
+            facts["answer"] = f"none: {error.cause}"
+        except FOREIGN_ERRORS as error:
+            facts["answer"] = "none: " + translate_s3_error(error, host=self.host, bucket=self._asked.bucket).cause
+        facts["addressing"] = self._style
+        server_s = parse_date(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
+        if server_s is not None:
+            # The header counts whole seconds.
+            facts["clock offset"] = f"{server_s - (asked + time.time()) / 2:+.0f} s"
+        return facts
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._sessions.aclose()
+
+    async def _request(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        return await self._mended(lambda session: session.request(operation, arguments))
+
+    async def _mended(self, ask: Callable[[_Session], Awaitable[T]]) -> T:
+        """Ask; and again, once, where the clock was wrong."""
+        was_corrected = self._clock.corrected
+        try:
+            return await self._renewed(ask)
+        except ClientError as error:
+            if error_code(error)[0] != SKEWED or was_corrected:
+                raise
+            # Another request may have been told the same, and have corrected it.
+            if not self._clock.corrected and not self._clock.correct(error_headers(error).get("date")):
+                raise
+        return await self._renewed(ask)
+
+    async def _renewed(self, ask: Callable[[_Session], Awaitable[T]]) -> T:
+        """Ask; and again, once, where the credentials had expired."""
+        session = self._session
+        try:
+            answer = await ask(session)
+        except ClientError as error:
+            if error_code(error)[0] not in EXPIRED:
+                raise
+            await self._renew(session, error)
+            session = self._session
+            answer = await ask(session)
+        session.served = True
+        return answer
+
+    async def _renew(self, expired: _Session, error: ClientError) -> None:
+        """Have a session that is newer than this one."""
+        failure = self._failure
+        async with self._renewing:
+            if self._session is not expired:
+                return
+            if not expired.served:
+                # Found just now: there are no newer ones.
+                raise error
+            if self._failure is failure:
+                try:
+                    await self._begin()
+                    return
+                except SourceError as failed:
+                    failed.cause = f"the credentials have expired, and newer ones cannot be had: {failed.cause}"
+                    self._failure = failed
+            # For whoever waited meanwhile, too; each locates an error of its own.
+            assert self._failure is not None
+            raise copy.copy(self._failure)
+
+    async def _begin(self) -> None:
+        session = await _Session.open(self._asked, self._clock, self._sent_to)
+        self._sessions.push_async_callback(session.aclose)
+        self._session = session
+        self.host = _host_of(session.endpoint)
+
+    def _sent_to(self, url: str) -> None:
+        self._count()
+        self.host = _host_of(url)
+        bucket = self._asked.bucket
+        if bucket.startswith("arn:"):
+            self._style = "access point"
+        else:
+            self._style = "virtual host" if self.host.startswith(f"{bucket}.") else "path"
+
+
+class _Session:
+    """A client of aiobotocore's, with the credentials that were found when it was made.
+
+    Attributes:
+        endpoint: The URL of the service.
+        region: Its region.
+        kind_of_credentials: Where they were found.
+        wire: Reads ranges without aiobotocore's body.
+        served: Whether anything was answered.
+    """
+
+    wire: S3Wire
+
+    def __init__(self, client: Any, credentials: Any, stack: AsyncExitStack, asked: Asked) -> None:
+        self._client = client
+        self._stack = stack
+        self._asked = asked
+        self.endpoint = str(client.meta.endpoint_url)
+        self.region = str(client.meta.region_name)
+        self.kind_of_credentials = str(credentials.method)
+        self.served = False
+
+    @classmethod
+    async def open(cls, asked: Asked, clock: ServerClock, sent: Callable[[str], None]) -> Self:
+        """Find credentials; nothing that an older session has read is used again."""
         config = AioConfig(
             # The pipeline retries, and knows from which byte on.
             retries={"total_max_attempts": 1, "mode": "standard"},
-            connect_timeout=connect_timeout_s,
-            read_timeout=read_timeout_s,
-            max_pool_connections=connections,
+            connect_timeout=asked.connect_timeout_s,
+            read_timeout=asked.read_timeout_s,
+            max_pool_connections=asked.connections,
             # The checksum of a whole object says nothing about a range of it.
             response_checksum_validation="when_required",
             user_agent_extra="streamload",
@@ -95,103 +298,40 @@ class S3Client:
         except FOREIGN_ERRORS as error:
             if isinstance(error, SourceError):
                 raise
-            raise translate_s3_error(error, host="S3", bucket=bucket) from None
+            raise translate_s3_error(error, host="S3", bucket=asked.bucket) from None
         except ValueError as error:  # an endpoint that is no URL
             raise SourceError(str(error)) from None
-        opened = cls(client, credentials, stack, bucket)
-
-        def sent(url: str) -> None:
-            count()
-            opened._sent_to(url)
-
+        opened = cls(client, credentials, stack, asked)
         opened.wire = S3Wire(
             client,
-            credentials,
-            bucket,
+            Signer(client, credentials, clock),
+            asked.bucket,
             verify=session.get_config_variable("ca_bundle"),
-            connect_timeout_s=connect_timeout_s,
-            stall_s=read_timeout_s,
+            connect_timeout_s=asked.connect_timeout_s,
+            stall_s=asked.read_timeout_s,
             count=sent,
         )
-
-        def before_send(request: Any, **_: Any) -> None:
-            sent(request.url)
-
-        client.meta.events.register_last("before-send.s3", before_send)
+        client.meta.events.register("before-parameter-build.s3", opened._complete)
+        client.meta.events.register_first("needs-retry.s3.HeadBucket", _end_circles)
+        client.meta.events.register_last("before-send.s3", lambda request, **_: sent(request.url))
         return opened
 
-    async def call(self, operation: str, *, version: str | None = None, **arguments: Any) -> dict[str, Any]:
+    async def request(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Make a request and wait for the head of its answer.
 
-        Args:
-            operation: The client's method: ``get_object``.
-            version: The tag that the request pins, for the error.
-            **arguments: The method's, all but the bucket.
-
-        Returns:
-            The answer. A body in it is the caller's to close.
-
-        Raises:
-            SourceError: Of the kind that fits; not located.
+        The answer to a HEAD has no body, so a refusal is asked for again in a way that names its reason.
         """
-        with self.translating(version=version):
-            return await self._request(operation, **arguments)
-
-    @contextmanager
-    def translating(self, *, version: str | None = None) -> Iterator[None]:
-        """Turn what aiobotocore raises inside into errors of ours."""
         try:
-            yield
-        except SourceError:
-            raise
-        except RecursionError:
-            # To find the bucket's region aiobotocore asks the same server, which redirects that too.
-            raise SourceError(f"{self.host} redirects without end") from None
-        except FOREIGN_ERRORS as error:
-            # Not chained: their texts are not ours, and may show an endpoint with a password in it.
-            raise translate_s3_error(error, host=self.host, bucket=self._bucket, version=version) from None
-
-    async def head(self, key: str) -> dict[str, Any]:
-        """HEAD an object. Its answers have no bodies, so a refusal is asked for again in a way that names its reason.
-
-        Raises:
-            SourceError: Of the kind that fits; not located.
-        """
-        with self.translating():
-            try:
-                return await self._request("head_object", Key=key)
-            except ClientError as error:
-                code, status = error_code(error)
-                if not code and status in _UNEXPLAINED:
-                    answer = await self._request("get_object", Key=key, Range="bytes=0-0")
-                    answer["Body"].close()
-                raise
-
-    async def describe(self, prefix: str) -> dict[str, str]:
-        """Endpoint, region, addressing style, kind of credentials, and the answer to one small listing."""
-        facts = {
-            "endpoint": f"{urlsplit(self._client.meta.endpoint_url).scheme}://{self.host}",
-            "region": str(self._client.meta.region_name),
-            "credentials": str(self._credentials.method),
-        }
-        asked = time.time()
-        try:
-            answer = await self._request("list_objects_v2", Prefix=prefix, MaxKeys=1)
-            facts["answer"] = str(answer["ResponseMetadata"]["HTTPStatusCode"])
+            return await self._ask(operation, arguments)
         except ClientError as error:
-            answer = error.response
             code, status = error_code(error)
-            facts["answer"] = f"{status} {code}".strip()
-        except FOREIGN_ERRORS as error:
-            answer = {}
-            facts["answer"] = "none: " + translate_s3_error(error, host=self.host, bucket=self._bucket).cause
-        facts["addressing"] = self._style
-        date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
-        if date is not None:
-            offset_s = parsedate_to_datetime(date).timestamp() - (asked + time.time()) / 2
-            # The header counts whole seconds.
-            facts["clock offset"] = f"{offset_s:+.0f} s"
-        return facts
+            if operation != "head_object" or code or status not in _UNEXPLAINED:
+                raise
+        which = {name: value for name, value in arguments.items() if name in {"Key", "IfMatch"}}
+        answer = await self._ask("get_object", {**which, "Range": "bytes=0-0"})
+        answer["Body"].close()
+        # The reason is gone: the object has come, or the clock was corrected meanwhile.
+        return await self._ask(operation, arguments)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -200,14 +340,35 @@ class S3Client:
         finally:
             await self._stack.aclose()
 
-    async def _request(self, operation: str, **arguments: Any) -> dict[str, Any]:
+    async def _ask(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            answer: dict[str, Any] = await getattr(self._client, operation)(Bucket=self._bucket, **arguments)
+            answer: dict[str, Any] = await getattr(self._client, operation)(Bucket=self._asked.bucket, **arguments)
         return answer
 
-    def _sent_to(self, url: str) -> None:
-        self.host = urlsplit(url).netloc.rpartition("@")[2]
-        self._style = "virtual host" if self.host.startswith(f"{self._bucket}.") else "path"
+    def _complete(self, params: dict[str, Any], model: Any, **_: Any) -> None:
+        """Add what every request about an object or the bucket has, whoever makes it."""
+        accepted = model.input_shape.members
+        if self._asked.requester_pays and "RequestPayer" in accepted:
+            params["RequestPayer"] = "requester"
+        version = self._asked.versions.get(params.get("Key", ""))
+        if version is not None and "VersionId" in accepted:
+            params["VersionId"] = version
+
+
+def _end_circles(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> None:
+    """Refuse a redirect that does not say where to.
+
+    aiobotocore finds a bucket's region by a HEAD of the bucket; where that is redirected too, it asks in the same way
+    again, until Python's stack is full.
+    """
+    if response is None or response[0].status_code not in _REDIRECTS:
+        return
+    if "x-amz-bucket-region" not in response[1]["ResponseMetadata"]["HTTPHeaders"]:
+        raise SourceError(f"{_host_of(response[0].url)} redirects without end")
+
+
+def _host_of(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
 
 
 @cache
@@ -230,6 +391,9 @@ async def _find_credentials(session: AioSession) -> Any:
     except (FileNotFoundError, PermissionError, ValueError) as error:
         # A token's file that is not there, a program that cannot be run, an answer of it that makes no sense.
         raise CredentialsError(f"looking for AWS credentials failed: {error}") from None
+    except KeyError as error:
+        # Of an agent's answer; botocore does not look whether it is whole.
+        raise CredentialsError(f"looking for AWS credentials failed: an answer lacks {error}") from None
     if credentials is None:
         raise CredentialsError(
             "no AWS credentials were found: not in the environment, nor in a profile, a container or an instance's role"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Mapping
+
 import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -15,8 +19,9 @@ from streamload.errors import (
     TransientError,
     TruncatedReadError,
 )
+from streamload.sources.s3_signing import parse_date
 
-__all__ = ["FOREIGN_ERRORS", "error_code", "translate_s3_error"]
+__all__ = ["EXPIRED", "FOREIGN_ERRORS", "SKEWED", "error_code", "error_headers", "translate_s3_error"]
 
 #: What aiobotocore lets out; anything else is a mistake in this package and is not dressed up as an answer of S3's.
 FOREIGN_ERRORS: tuple[type[Exception], ...] = (
@@ -27,7 +32,17 @@ FOREIGN_ERRORS: tuple[type[Exception], ...] = (
     OSError,
 )
 
-_OPERATIONS = {"GetObject", "HeadObject", "ListObjectsV2"}
+#: Codes of credentials that were good once.
+EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+
+#: The code of a signature whose time is too far from the server's.
+SKEWED = "RequestTimeTooSkewed"
+
+# S3's own operations, and what a policy must allow for them.
+_PERMISSIONS = {"GetObject": "s3:GetObject", "HeadObject": "s3:GetObject", "ListObjectsV2": "s3:ListBucket"}
+
+# In the text of a refusal: of an action or a key of KMS's, not of a bucket that is called so.
+_ABOUT_KMS = re.compile(r"\bkms:|\bKMS\b")
 
 _CODES: dict[str, type[SourceError]] = {
     "NoSuchBucket": NotFoundError,
@@ -38,13 +53,13 @@ _CODES: dict[str, type[SourceError]] = {
     "AccountProblem": AccessError,
     "InvalidAccessKeyId": CredentialsError,
     "SignatureDoesNotMatch": CredentialsError,
-    "ExpiredToken": CredentialsError,
+    **dict.fromkeys(EXPIRED, CredentialsError),
     "InvalidToken": CredentialsError,
-    "TokenRefreshRequired": CredentialsError,
     "InvalidClientTokenId": CredentialsError,
     "UnrecognizedClientException": CredentialsError,
     "PreconditionFailed": ObjectChangedError,
     "InvalidRange": SourceError,
+    SKEWED: SourceError,  # the clock was corrected already, or cannot be
     "InvalidObjectState": SourceError,
     "InternalError": TransientError,
     "ServiceUnavailable": TransientError,
@@ -56,10 +71,8 @@ _CODES: dict[str, type[SourceError]] = {
     "RequestLimitExceeded": TransientError,
     "RequestThrottled": TransientError,
     "RequestTimeout": TransientError,
-    "RequestTimeTooSkewed": TransientError,  # a clock that is being set; a wrong one fails soon enough
-    "Throttling": TransientError,
-    "ThrottlingException": TransientError,
     "TooManyRequests": TransientError,
+    "TooManyRequestsException": TransientError,
 }
 
 # With these the server asks for fewer requests.
@@ -72,9 +85,8 @@ _THROTTLED = {
     "RequestLimitExceeded",
     "RequestThrottled",
     "RequestTimeout",
-    "Throttling",
-    "ThrottlingException",
     "TooManyRequests",
+    "TooManyRequestsException",
 }
 _THROTTLED_STATUSES = {408, 429, 503}
 
@@ -93,8 +105,7 @@ _STATUSES: dict[int, type[SourceError]] = {
 }
 
 _ADVICE = {
-    "InvalidObjectState": "the object is archived and must be restored first",
-    "RequestTimeTooSkewed": "this machine's clock and the server's differ too much",
+    **dict.fromkeys(EXPIRED, "the credentials have expired, and no newer ones were found"),
     "PermanentRedirect": "the bucket is in another region than the one that was asked",
     "AuthorizationHeaderMalformed": "the bucket is in another region than the one that was asked",
 }
@@ -131,6 +142,12 @@ def error_code(error: boto.ClientError) -> tuple[str, int]:
     return ("" if code.isdigit() else code), status
 
 
+def error_headers(error: boto.ClientError) -> Mapping[str, str]:
+    """The headers of the answer, by lower-case name."""
+    headers: Mapping[str, str] = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return headers
+
+
 def translate_s3_error(error: Exception, *, host: str, bucket: str, version: str | None = None) -> SourceError:
     """The error of ours that says the same; the caller locates it.
 
@@ -160,21 +177,78 @@ def _answered(error: boto.ClientError, bucket: str, version: str | None) -> Sour
     code, status = error_code(error)
     message = str(error.response.get("Error", {}).get("Message", ""))
     cause = " ".join(part for part in (f"the server answered {status}", code and f"{code}:", message) if part)
-    if error.operation_name not in _OPERATIONS:
+    if error.operation_name not in _PERMISSIONS:
         # Another service was asked, for credentials.
         return CredentialsError(f"{error.operation_name} failed: {cause}")
-    kind = _CODES.get(code) or _STATUSES.get(status, SourceError)
-    if code == "NoSuchBucket":
-        cause = f"there is no bucket {bucket!r}"
-    elif kind is NotFoundError:
-        cause = "there is no such object"
-    elif kind is ObjectChangedError:
-        cause = f"the object is no longer the version {version} that was seen first"
-    elif code in _ADVICE:
-        cause = f"{_ADVICE[code]} ({cause})"
+    # KMS's own codes come with 400 mostly, whatever they mean.
+    by_kms = code.startswith("KMS.")
+    throttling = code.removeprefix("KMS.").startswith("Throttl")
+    if throttling or (by_kms and status >= 500):
+        kind: type[SourceError] = TransientError
+    elif by_kms:
+        kind = AccessError
+    elif status == 405 and error_headers(error).get("x-amz-delete-marker") == "true":
+        kind = NotFoundError
+    else:
+        kind = _CODES.get(code) or _STATUSES.get(status, SourceError)
+    cause = _explanation(error, kind, cause, bucket, version)
     if kind is TransientError:
-        return TransientError(cause, throttled=code in _THROTTLED or (not code and status in _THROTTLED_STATUSES))
+        asked_less = throttling or code in _THROTTLED or status == 429
+        return TransientError(
+            cause,
+            throttled=asked_less or (not code and status in _THROTTLED_STATUSES),
+            retry_after_s=_retry_after_s(error_headers(error)),
+        )
     return kind(cause)
+
+
+def _explanation(error: boto.ClientError, kind: type[SourceError], cause: str, bucket: str, version: str | None) -> str:
+    """What an answer means for whoever asked; with the server's own words where they may say more."""
+    code, status = error_code(error)
+    details = error.response.get("Error", {})
+    if code == "NoSuchBucket":
+        return f"there is no bucket {bucket!r}"
+    if code == "NoSuchVersion":
+        return "the object has no such version"
+    if kind is NotFoundError:
+        return "this version marks that the object was deleted" if status == 405 else "there is no such object"
+    if kind is ObjectChangedError:
+        tag = error_headers(error).get("etag")
+        if tag is None or tag.strip('"') == (version or "").strip('"'):
+            return f"the object is no longer the version {version} that was seen first"
+        return f"the object is now version {tag}; the one seen first was {version}"
+    if code == "InvalidObjectState":
+        where = f" in {details['StorageClass']}" if "StorageClass" in details else ""
+        return f"the object is archived{where} and must be restored first ({cause})"
+    if kind is AccessError and (code.startswith("KMS.") or _ABOUT_KMS.search(str(details.get("Message", "")))):
+        return f"the object is encrypted with a key of KMS that may not be used, which needs kms:Decrypt ({cause})"
+    if code == "AccessDenied":
+        return f"access is refused; this needs {_PERMISSIONS[error.operation_name]} ({cause})"
+    if code == SKEWED:
+        return f"{_difference(error_headers(error).get('date'))} ({cause})"
+    return f"{_ADVICE[code]} ({cause})" if code in _ADVICE else cause
+
+
+def _difference(date: str | None) -> str:
+    """By how much this machine's clock differs from the server's, which has answered with this date."""
+    server_s = parse_date(date)
+    if server_s is None:
+        return "this machine's clock and the server's differ too much"
+    ahead_s = time.time() - server_s
+    return f"this machine's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the server's"
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """How long the server asks to be left alone, in seconds; None where it does not say so, or not clearly."""
+    text = headers.get("retry-after", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    until_s = parse_date(text)
+    if until_s is None:
+        return None
+    # By the server's own clock, where it tells the time: ours may differ.
+    now_s = parse_date(headers.get("date"))
+    return max(0.0, until_s - (time.time() if now_s is None else now_s))
 
 
 def _connection_cause(error: Exception, host: str) -> str:

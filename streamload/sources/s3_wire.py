@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.exceptions import ClientError
 from botocore.httpsession import get_cert_path
@@ -18,6 +17,7 @@ from botocore.utils import get_environ_proxies
 
 from streamload.errors import SourceError
 from streamload.loan import Loan
+from streamload.sources.s3_signing import SIGNATURES, Signer, Signing, signing_of
 from streamload.wire import Head, Pool, Response
 
 __all__ = ["S3Wire", "UnservedError"]
@@ -25,7 +25,7 @@ __all__ = ["S3Wire", "UnservedError"]
 # Sent again as they are; all else that aiobotocore sets (retries made, trace ids) is for its own request.
 _KEPT_HEADERS = ("x-amz-request-payer", "x-amz-security-token")
 
-_SIGNATURES = {"v4", "s3v4"}
+_SIGNATURES = SIGNATURES
 
 # Answers that mean another place or another way of asking, which aiobotocore finds.
 _ELSEWHERE = {
@@ -54,28 +54,29 @@ class _Target:
 
     Attributes:
         url: Where.
-        region: Whose signature is expected.
+        signing: How it is signed.
         headers: What goes with every request.
     """
 
     url: str
-    region: str
+    signing: Signing
     headers: Mapping[str, str]
 
 
-# Set while a request is made only to see what it would be; the signing region is put into it.
-_capturing: ContextVar[dict[str, str] | None] = ContextVar("_capturing", default=None)
+# Set while a request is made only to see what it would be; how it is signed is put into it.
+_capturing: ContextVar[list[Signing] | None] = ContextVar("_capturing", default=None)
 
 
 class S3Wire:
     """Makes GetObject's requests for one bucket over connections of its own.
 
     aiobotocore prepares the first request for each object; it knows endpoints, regions and addressing styles. Its URL
-    and region serve for the object's other ranges, each signed for itself with the credentials of that moment.
+    and region serve for the object's other ranges, each signed for itself with the credentials of that moment, at the
+    server's time.
 
     Args:
         client: aiobotocore's client.
-        credentials: Its credentials, which refresh themselves.
+        signer: Signs requests.
         bucket: The bucket.
         verify: The CA bundle's path, or None for the usual one.
         connect_timeout_s: How long making a connection may take, in seconds.
@@ -86,7 +87,7 @@ class S3Wire:
     def __init__(
         self,
         client: Any,
-        credentials: Any,
+        signer: Signer,
         bucket: str,
         *,
         verify: str | None,
@@ -95,7 +96,7 @@ class S3Wire:
         count: Callable[[str], None],
     ) -> None:
         self._client = client
-        self._credentials = credentials
+        self._signer = signer
         self._bucket = bucket
         self._verify = verify
         self._connect_timeout_s = connect_timeout_s
@@ -154,8 +155,8 @@ class S3Wire:
             await pool.aclose()
 
     async def _find_target(self, key: str) -> _Target:
-        signing: dict[str, str] = {}
-        token = _capturing.set(signing)
+        signings: list[Signing] = []
+        token = _capturing.set(signings)
         try:
             await self._client.get_object(Bucket=self._bucket, Key=key)
         except _Captured as captured:
@@ -166,18 +167,19 @@ class S3Wire:
             _capturing.reset(token)
         if get_environ_proxies(request.url):
             raise UnservedError("a proxy is configured")
-        if signing.get("version") not in _SIGNATURES:
-            raise UnservedError(f"requests are signed in another way ({signing.get('version')})")
+        signing = signings[-1] if signings else None
+        if signing is None or signing.version not in _SIGNATURES:
+            way = "not at all" if signing is None else signing.version
+            raise UnservedError(f"requests are signed in another way ({way})")
         headers = {name: _text(request.headers[name]) for name in _KEPT_HEADERS if name in request.headers}
         headers.pop("x-amz-security-token", None)  # of those credentials, not of this moment's
-        target = self._targets[key] = _Target(request.url, signing["region"], headers)
+        target = self._targets[key] = _Target(request.url, signing, headers)
         return target
 
     async def _sign(self, target: _Target, parts: SplitResult, headers: Mapping[str, str]) -> bytes:
-        credentials = await self._credentials.get_frozen_credentials()
         request = AWSRequest(method="GET", url=target.url, headers={**target.headers, **headers})
         request.context["payload_signing_enabled"] = False
-        S3SigV4Auth(credentials, "s3", target.region).add_auth(request)
+        await self._signer.sign(request, target.signing.region, target.signing.service)
         where = parts.path + (f"?{parts.query}" if parts.query else "")
         host = parts.netloc.rpartition("@")[2]
         lines = [f"GET {where} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
@@ -205,10 +207,10 @@ class S3Wire:
             raise SourceError(f"the CA bundle {self._verify!r} cannot be read: {error}") from None
 
 
-def _note_signing(region_name: str, signature_version: Any, **_: Any) -> None:
-    signing = _capturing.get()
-    if signing is not None:
-        signing |= {"region": str(region_name), "version": str(signature_version)}
+def _note_signing(request: AWSRequest, region_name: str, signing_name: str, signature_version: Any, **_: Any) -> None:
+    signings = _capturing.get()
+    if signings is not None:
+        signings.append(signing_of(request, region_name, signing_name, signature_version))
 
 
 def _capture(request: AWSPreparedRequest, **_: Any) -> None:
@@ -230,5 +232,11 @@ def _error(response: Response) -> ClientError:
     try:
         parsed = create_parser("rest-xml").parse(answer, None)
     except ResponseParserError:  # a proxy's page, perhaps
-        parsed = {"Error": {}, "ResponseMetadata": {"HTTPStatusCode": response.head.status}}
+        parsed = {
+            "Error": {},
+            "ResponseMetadata": {
+                "HTTPStatusCode": response.head.status,
+                "HTTPHeaders": dict(response.head.headers),
+            },
+        }
     return ClientError(parsed, "GetObject")

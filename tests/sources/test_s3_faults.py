@@ -150,7 +150,7 @@ def test_more_bytes_than_asked_for(run: Run) -> None:
         (_error(404, "NoSuchBucket"), NotFoundError, "no bucket 'bucket'"),
         (_error(403, "AccessDenied"), AccessError, "403 AccessDenied: Said so."),
         (_error(403, "AllAccessDisabled"), AccessError, "AllAccessDisabled"),
-        (_error(403, "RequestTimeTooSkewed"), TransientError, "clock"),
+        (_error(403, "RequestTimeTooSkewed"), SourceError, "clock"),
         (_error(403, "InvalidObjectState"), SourceError, "archived"),
         (_error(400, "ExpiredToken"), CredentialsError, "ExpiredToken"),
         (_error(400, "RequestTimeout"), TransientError, "RequestTimeout"),
@@ -279,10 +279,13 @@ def test_a_refused_head_is_asked_again_for_its_reason(run: Run) -> None:
 
 def test_a_refused_head_whose_object_has_come_since(run: Run) -> None:
     async def body(source: S3Source, server: BadServer) -> None:
+        assert (await source.stat("a")).size_bytes == 1
         with pytest.raises(NotFoundError):
             await source.stat("a")
+        assert [request.split()[0] for request in server.requests] == ["HEAD", "GET", "HEAD"] * 2
 
-    run([Answer(404), Answer(206, {"ETag": _TAG, "Content-Range": "bytes 0-0/1"}, b"x")], body)
+    here = Answer(206, {"ETag": _TAG, "Content-Range": "bytes 0-0/1"}, b"x")
+    run([Answer(404), here, Answer(200, {"ETag": _TAG, "Content-Length": "1"}), Answer(404), here, Answer(404)], body)
 
 
 def test_a_busy_server_is_not_asked_why(run: Run) -> None:

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 __all__ = ["scheme_of", "scrub", "scrub_uri"]
 
 # Query fields that say which bytes are meant and are safe to show; everything else may be a signature or a token.
-_SHOWN_QUERY_FIELDS = frozenset({"versionId"})
+_SHOWN_QUERY_FIELDS = frozenset({"requestPayer", "versionId"})
 _HIDDEN = "***"
 
 _SECRETS = re.compile(

@@ -41,6 +41,7 @@ def test_scheme_of(uri: str, scheme: str) -> None:
         ("https://user:secret@host:8080/path", "https://host:8080/path"),
         ("https://us@er:sec@ret@host/path", "https://host/path"),
         ("s3://bucket/key?versionId=abc", "s3://bucket/key?versionId=abc"),
+        ("s3://bucket/prefix?requestPayer=requester", "s3://bucket/prefix?requestPayer=requester"),
         ("https://host/key?X-Amz-Signature=abc&versionId=v1", "https://host/key?X-Amz-Signature=***&versionId=v1"),
         ("https://host/key?token", "https://host/key?token=***"),
         ("https://host/key#fragment", "https://host/key"),

@@ -49,7 +49,8 @@ def _panel(axes: Any, report: Report) -> None:
         axes.barh(
             place,
             rate,
-            xerr=[[rate - least], [most - rate]],
+            # Of a single run all three are the same but for their rounding, which must not make a length negative.
+            xerr=[[max(0.0, rate - least)], [max(0.0, most - rate)]],
             color=_COLOURS.get(result.destination, "grey"),
             hatch="" if result.correct else "xx",
             error_kw={"lw": 0.8},

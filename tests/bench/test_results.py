@@ -94,6 +94,13 @@ def test_plot_writes_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("seconds", [0.0031, 0.7, 4.438, 12.204])
+def test_plot_of_a_single_round(tmp_path: Path, seconds: float) -> None:
+    """Median, least and most are one number, which rounding must not make three."""
+    results.write(tmp_path / "a.json", [summarized(runs("limit", 1.0), runs("streamload", seconds))])
+    assert main(["plot", str(tmp_path / "a.json")]) == 0
+
+
 def test_nothing_to_plot_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results.write(tmp_path / "a.json", [Report("gpu-local", 1, {}, [], skipped="there is no GPU")])
     assert main(["plot", str(tmp_path / "a.json")]) == 1

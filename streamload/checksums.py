@@ -1,4 +1,4 @@
-"""Checksums of whole objects, put together from parts that were read in any order.
+"""Checksums of objects, or of the parts they were uploaded in, put together from what was read in any order.
 
 Sources: "Checking object integrity" in the Amazon S3 user guide for which checksums a store keeps; awscrt computes and
 combines them.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartialChecksum", "RunningChecksum"]
+__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartChecksums", "PartialChecksum", "RunningChecksum"]
 
 Algorithm: TypeAlias = Literal["CRC64NVME", "CRC32C", "CRC32"]
 
@@ -40,8 +40,30 @@ class Checksum:
             return None
         return cls(algorithm, int.from_bytes(value, "big")) if len(value) == _nbytes(algorithm) else None
 
+    @classmethod
+    def of_checksums(cls, algorithm: Algorithm, values: Iterable[int]) -> Checksum:
+        """The composite checksum of an object that was uploaded in parts: that of its parts' checksums, in order."""
+        running = RunningChecksum(algorithm)
+        running.add(memoryview(b"".join(value.to_bytes(_nbytes(algorithm), "big") for value in values)))
+        return cls(algorithm, running.value)
+
     def __str__(self) -> str:
         return f"{self.algorithm} {self.value:0{2 * _nbytes(self.algorithm)}x}"
+
+
+@dataclass(frozen=True, slots=True)
+class PartChecksums:
+    """What a store says that the parts of an object sum up to, which it was uploaded in.
+
+    Attributes:
+        algorithm: How they were computed.
+        ends: Where each part ends in the object; the last one's end is the object's size.
+        values: The parts' checksums, as numbers.
+    """
+
+    algorithm: Algorithm
+    ends: tuple[int, ...]
+    values: tuple[int, ...]
 
 
 class RunningChecksum:
@@ -49,21 +71,40 @@ class RunningChecksum:
 
     Args:
         algorithm: How they are summed up.
+        cuts: After how many bytes a new sum begins, in ascending order.
 
     Attributes:
-        nbytes: How many there were.
-        value: Their checksum.
+        nbytes: How many bytes there were.
+        value: The checksum of those since the last cut.
     """
 
-    __slots__ = ("_update", "nbytes", "value")
+    __slots__ = ("_began", "_cuts", "_next", "_sums", "_update", "nbytes", "value")
 
-    def __init__(self, algorithm: Algorithm) -> None:
+    def __init__(self, algorithm: Algorithm, cuts: Iterable[int] = ()) -> None:
         self._update = _update(algorithm)
+        self._cuts = iter(cuts)
+        self._next = next(self._cuts, None)
+        self._began = 0
+        self._sums: list[tuple[int, int]] = []
         self.nbytes = 0
         self.value = 0
 
     def add(self, view: memoryview) -> None:
         """Go on with these bytes."""
+        while self._next is not None and self.nbytes + view.nbytes > self._next:
+            left = self._next - self.nbytes
+            self._sum(view[:left])
+            view = view[left:]
+            self._sums.append((self.nbytes - self._began, self.value))
+            self._began, self.value = self.nbytes, 0
+            self._next = next(self._cuts, None)
+        self._sum(view)
+
+    def sums(self) -> list[tuple[int, int]]:
+        """Length and checksum of what lies between cuts, in order."""
+        return [*self._sums, (self.nbytes - self._began, self.value)]
+
+    def _sum(self, view: memoryview) -> None:
         self.value = self._update(view, self.value)
         self.nbytes += view.nbytes
 
@@ -87,13 +128,13 @@ class PartialChecksum:
         running = RunningChecksum(self.algorithm)
         for view in views:
             running.add(memoryview(view))
-        self.add_sum(start, running)
+        self.add_sum(start, running.nbytes, running.value)
 
-    def add_sum(self, start: int, running: RunningChecksum) -> None:
+    def add_sum(self, start: int, nbytes: int, value: int) -> None:
         """Take the sum of the part that begins at byte `start`; parts do not overlap."""
-        if running.nbytes:
-            self._parts[start] = (running.nbytes, running.value)
-            self._missing -= running.nbytes
+        if nbytes:
+            self._parts[start] = (nbytes, value)
+            self._missing -= nbytes
 
     @property
     def complete(self) -> bool:

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Fault", "FaultProxy", "Plan", "run_fault_proxy"]
+__all__ = ["Fault", "FaultProxy", "Instead", "Plan", "run_fault_proxy"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ Plan = Callable[[int, bytes], Fault | None]
 """Is given the number of a request for a range, counted from 1, and its head; says what becomes of its answer."""
 
 
+Instead = Callable[[bytes], bytes | None]
+"""Is given the head of any request; an answer to give in the server's place, or None."""
+
+
 class FaultProxy:
     """Passes whole requests and answers on; see `run_fault_proxy`.
 
@@ -45,8 +49,9 @@ class FaultProxy:
         connections: How many clients are connected.
     """
 
-    def __init__(self, host: str, port: int, plan: Plan) -> None:
+    def __init__(self, host: str, port: int, plan: Plan, instead: Instead) -> None:
         self._target = (host, port)
+        self._instead = instead
         self._plan = plan
         self.port = 0
         self.ranges = 0
@@ -91,7 +96,9 @@ class FaultProxy:
                 if b"\r\nrange:" in head.lower():
                     self.ranges += 1
                     fault = self._plan(self.ranges, head)
-                if fault is not None and fault.instead is not None:
+                if (said := self._instead(head)) is not None:
+                    answer = said
+                elif fault is not None and fault.instead is not None:
                     answer = fault.instead
                 else:
                     up_writer.write(head)
@@ -147,15 +154,16 @@ async def _read_answer(reader: asyncio.StreamReader, bodiless: bool) -> bytes:
 
 
 @contextlib.contextmanager
-def run_fault_proxy(host: str, port: int, plan: Plan) -> Iterator[FaultProxy]:
+def run_fault_proxy(host: str, port: int, plan: Plan, instead: Instead = lambda head: None) -> Iterator[FaultProxy]:
     """Run a proxy to a server on a thread of its own.
 
     Args:
         host: The server's.
         port: The server's.
         plan: Called on that thread.
+        instead: The same.
     """
-    proxy = FaultProxy(host, port, plan)
+    proxy = FaultProxy(host, port, plan, instead)
     started: Future[asyncio.AbstractEventLoop] = Future()
     ended: Future[None] = Future()
 

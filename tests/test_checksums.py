@@ -12,7 +12,7 @@ from awscrt import checksums as crt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamload.checksums import ALGORITHMS, Algorithm, Checksum, PartialChecksum
+from streamload.checksums import ALGORITHMS, Algorithm, Checksum, PartialChecksum, RunningChecksum
 
 CONTENT = random.Random(5).randbytes(5000)
 
@@ -36,6 +36,23 @@ def test_parts_in_any_order_sum_up_to_the_whole(algorithm: Algorithm, cuts: list
         sum_.add(start, [view[:7], view[7:]])
     assert sum_.complete
     assert sum_.result() == Checksum(algorithm, whole(algorithm, CONTENT))
+
+
+@given(
+    st.sampled_from(ALGORITHMS),
+    st.sets(st.integers(1, len(CONTENT) - 1)),
+    st.lists(st.integers(0, len(CONTENT))),
+    st.integers(0, len(CONTENT) - 1),
+)
+def test_a_sum_for_each_part(algorithm: Algorithm, ends: set[int], pieces: list[int], start: int) -> None:
+    """Whatever the pieces in which the bytes come, and wherever the first of them lies."""
+    cuts = [end - start for end in sorted(ends) if end > start]
+    running = RunningChecksum(algorithm, cuts)
+    for low, high in pairwise([start, *sorted(piece for piece in pieces if piece > start), len(CONTENT)]):
+        running.add(memoryview(CONTENT)[low:high])
+    edges = [start, *(start + cut for cut in cuts), len(CONTENT)]
+    assert running.sums() == [(high - low, whole(algorithm, CONTENT[low:high])) for low, high in pairwise(edges)]
+    assert running.nbytes == len(CONTENT) - start
 
 
 def test_missing_and_overlapping_parts_are_noticed() -> None:

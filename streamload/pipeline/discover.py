@@ -18,7 +18,7 @@ from streamload.checkpoint import (
     parse_index,
     shard_keys,
 )
-from streamload.checksums import Checksum
+from streamload.checksums import Checksum, PartChecksums
 from streamload.errors import IndexFileError, NotFoundError, ObjectChangedError, SourceError, TransientError
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
@@ -50,7 +50,7 @@ class Discovered:
     catalog: Catalog
     objects: dict[str, SourceObject]
     headers: dict[str, bytes]
-    checksums: dict[str, Checksum | str]
+    checksums: dict[str, Checksum | PartChecksums | str]
 
 
 async def discover(
@@ -99,7 +99,7 @@ async def discover(
 
 async def ask_checksums(
     fetcher: Fetcher, objects: Iterable[SourceObject], concurrency: int
-) -> dict[str, Checksum | str]:
+) -> dict[str, Checksum | PartChecksums | str]:
     """Ask what the source keeps as the objects' checksums.
 
     A load does not fail because this is refused: many stores keep none, or do not know the question.
@@ -118,7 +118,7 @@ async def ask_checksums(
     """
     slots = asyncio.Semaphore(concurrency)
 
-    async def ask(object: SourceObject) -> Checksum | str:
+    async def ask(object: SourceObject) -> Checksum | PartChecksums | str:
         async with slots:
             try:
                 found = await fetcher.ask(lambda: fetcher.source.checksum(object), key=object.key)

@@ -256,7 +256,7 @@ class Pipeline:
         recorder.start("read")
         try:
             loan.heard = recorder.landed
-            loan.checksum = self._verifier.running(object.key)
+            loan.checksum = self._verifier.running(object.key, read.start)
             await self._fetcher.read(object, read.start, read.end, loan, lane)
             self._verifier.add(object.key, read.start, loan)
         except BaseException:

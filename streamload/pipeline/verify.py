@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
-from streamload.checksums import Checksum, PartialChecksum, RunningChecksum
+from streamload.checksums import Algorithm, Checksum, PartChecksums, PartialChecksum, RunningChecksum
 from streamload.errors import ChecksumError
 from streamload.loan import Loan
 from streamload.plan import Plan
@@ -17,8 +19,50 @@ NOT_WHOLE = "only a part of the object is read, and its checksum covers all of i
 SWITCHED_OFF = "verify is off"
 
 
+class _Watched:
+    """One object, and what each of its parts must sum up to; most objects are of one part."""
+
+    def __init__(self, checksum: Checksum | PartChecksums, size_bytes: int, tensor_bytes: int) -> None:
+        whole = isinstance(checksum, Checksum)
+        self.algorithm: Algorithm = checksum.algorithm
+        self.tensor_bytes = tensor_bytes
+        self.ends: Sequence[int] = (size_bytes,) if isinstance(checksum, Checksum) else checksum.ends
+        self.values: Sequence[int] = (checksum.value,) if isinstance(checksum, Checksum) else checksum.values
+        self.by = f"{self.algorithm} of the whole object" if whole else f"{self.algorithm} of each uploaded part"
+        self.left = len(self.ends)
+        # Those of which something has come, and not all.
+        self._begun: dict[int, PartialChecksum] = {}
+
+    def cuts(self, start: int) -> Iterator[int]:
+        """How far from `start` parts end."""
+        return (end - start for end in islice(self.ends, bisect_right(self.ends, start), None))
+
+    def add(self, start: int, nbytes: int, value: int) -> None:
+        """Take the sum of some bytes of one part.
+
+        Raises:
+            ChecksumError: The part is complete, and not what the source says; the object is to be filled in.
+        """
+        number = bisect_right(self.ends, start)
+        began, end = self.ends[number - 1] if number else 0, self.ends[number]
+        part = self._begun.setdefault(number, PartialChecksum(self.algorithm, end - began))
+        part.add_sum(start - began, nbytes, value)
+        if not part.complete:
+            return
+        del self._begun[number]
+        self.left -= 1
+        expected, found = Checksum(self.algorithm, self.values[number]), part.result()
+        if found != expected:
+            whose = "the object's checksum" if len(self.ends) == 1 else f"that of part {number + 1} of {len(self.ends)}"
+            raise ChecksumError(
+                f"what was read sums up to {found}, but {whose} is {expected}",
+                start=began,
+                end=end,
+            )
+
+
 class Verifier:
-    """Sums up what arrives and compares each object that is complete.
+    """Sums up what arrives, and compares each object, or each part it was uploaded in, that is complete.
 
     Args:
         plan: What will be read. Objects of which only a part is read cannot be verified.
@@ -31,16 +75,14 @@ class Verifier:
     def __init__(
         self,
         plan: Plan,
-        checksums: Mapping[str, Checksum | str],
+        checksums: Mapping[str, Checksum | PartChecksums | str],
         headers: Mapping[str, bytes],
         recorder: Recorder,
         *,
         off: bool = False,
     ) -> None:
-        self._checksums: dict[str, Checksum] = {}
         self._recorder = recorder
-        self._parts: dict[str, PartialChecksum] = {}
-        self._tensor_bytes: dict[str, int] = {}
+        self._watched: dict[str, _Watched] = {}
         planned: dict[int, int] = {}
         for batch in plan.batches:
             planned[batch.file] = planned.get(batch.file, 0) + sum(read.nbytes for read in batch.reads)
@@ -54,38 +96,36 @@ class Verifier:
             elif planned.get(number, 0) + file.header_bytes != file.size_bytes:
                 recorder.unverified(tensor_bytes, NOT_WHOLE)
             else:
-                self._checksums[file.key] = checksum
-                self._tensor_bytes[file.key] = tensor_bytes
-                self._parts[file.key] = PartialChecksum(checksum.algorithm, file.size_bytes)
+                self._watched[file.key] = _Watched(checksum, file.size_bytes, tensor_bytes)
                 self.add(file.key, 0, Loan([memoryview(headers[file.key])]))
 
-    def running(self, key: str) -> RunningChecksum | None:
-        """What sums up a part of an object while it arrives; None where the object is not verified."""
-        parts = self._parts.get(key)
-        return None if parts is None else RunningChecksum(parts.algorithm)
+    def running(self, key: str, start: int) -> RunningChecksum | None:
+        """What sums up bytes of an object from `start` on while they arrive; None where the object is not verified."""
+        watched = self._watched.get(key)
+        return None if watched is None else RunningChecksum(watched.algorithm, watched.cuts(start))
 
     def add(self, key: str, start: int, loan: Loan) -> None:
-        """A part of an object has arrived; with its last part the object is compared.
+        """Bytes of an object have arrived; what is complete with them is compared.
 
         Raises:
             ChecksumError: The object's content is not what the source says.
         """
-        parts = self._parts.get(key)
-        if parts is None:
+        watched = self._watched.get(key)
+        if watched is None:
             return
-        if loan.checksum is not None and loan.checksum.nbytes == loan.nbytes:
-            parts.add_sum(start, loan.checksum)
-        else:
-            parts.add(start, loan.views)
-        if not parts.complete:
-            return
-        del self._parts[key]
-        expected, found = self._checksums[key], parts.result()
-        if found != expected:
-            raise ChecksumError(
-                f"what was read sums up to {found}, but the object's checksum is {expected}",
-                object=key,
-                start=0,
-                end=parts.size_bytes,
-            )
-        self._recorder.verified(self._tensor_bytes[key], f"{expected.algorithm} of the whole object")
+        running = loan.checksum
+        if running is None or running.nbytes != loan.nbytes:
+            running = RunningChecksum(watched.algorithm, watched.cuts(start))
+            for view in loan.views:
+                running.add(view)
+        for nbytes, value in running.sums():
+            if not nbytes:
+                continue
+            try:
+                watched.add(start, nbytes, value)
+            except ChecksumError as error:
+                raise error.locate(object=key) from None
+            start += nbytes
+        if not watched.left:
+            del self._watched[key]
+            self._recorder.verified(watched.tensor_bytes, watched.by)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Self
 
-from streamload.checksums import Checksum
+from streamload.checksums import Checksum, PartChecksums
 from streamload.loan import Loan
 from streamload.uris import scrub_uri
 
@@ -120,8 +120,10 @@ class Source(ABC):
         """
         return {}
 
-    async def checksum(self, object: SourceObject) -> Checksum | None:
-        """What the store keeps as the checksum of the whole object, at its pinned version; None where it keeps none.
+    async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
+        """What the store keeps as an object's checksum, at its pinned version; None where it keeps none.
+
+        It is that of the whole object, or those of the parts that the object was uploaded in.
 
         Raises:
             SourceError: It cannot be had.

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import ClassVar
 
-from streamload.checksums import Checksum, PartialChecksum
+from streamload.checksums import Checksum, PartChecksums, PartialChecksum
 from streamload.errors import ClosedError, NotFoundError, ObjectChangedError, SourceError
 from streamload.loan import Loan
 from streamload.sources.base import Source, SourceObject
@@ -57,7 +57,7 @@ class MemorySource(Source):
             view[:] = content[start : start + view.nbytes]
             start += view.nbytes
 
-    async def checksum(self, object: SourceObject) -> Checksum | None:
+    async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
         await self._turn()
         whole = PartialChecksum("CRC64NVME", object.size_bytes)
         whole.add(0, [self.objects[object.key]])

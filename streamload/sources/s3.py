@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from streamload.checksums import ALGORITHMS, Checksum
+from streamload.checksums import Checksum, PartChecksums
 from streamload.errors import (
     CredentialsError,
     NotFoundError,
@@ -140,7 +140,9 @@ class S3Source(Source):
             except SourceError as error:
                 raise error.locate(uri=self.uri, object=object.key, start=start, end=end) from None
 
-    async def checksum(self, object: SourceObject) -> Checksum | None:
+    async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
+        from streamload.sources.s3_checksums import composite_of, part_checksums, whole_checksum
+
         check_key(object.key, uri=self.uri)
         async with self._operations.running():
             try:
@@ -152,9 +154,12 @@ class S3Source(Source):
                     IfMatch=object.version,
                     ChecksumMode="ENABLED",
                 )
+                composite = composite_of(answer)
+                if composite is None:
+                    return whole_checksum(answer)
+                return part_checksums(*composite, await self._list_parts(client, object), object.size_bytes)
             except SourceError as error:
                 raise error.locate(uri=self.uri, object=object.key) from None
-        return _checksum(answer)
 
     async def describe(self) -> dict[str, str]:
         async with self._operations.running():
@@ -212,6 +217,27 @@ class S3Source(Source):
                 return objects
             more = {"ContinuationToken": token}
         raise SourceError(f"there are more than {len(objects)} objects under this prefix: this is no checkpoint")
+
+    async def _list_parts(self, client: S3Client, object: SourceObject) -> Sequence[dict[str, Any]]:
+        """The parts that an object was uploaded in, with their sizes and checksums."""
+        parts: list[dict[str, Any]] = []
+        more: dict[str, Any] = {}
+        for _ in range(_MAX_PAGES):
+            page = await client.call(
+                "get_object_attributes",
+                Key=self._place.prefix + object.key,
+                ObjectAttributes=["ETag", "ObjectParts"],
+                **more,
+            )
+            # It takes no If-Match.
+            if str(page.get("ETag")).strip('"') != object.version.strip('"'):
+                raise ObjectChangedError(f"the object is now version {page.get('ETag')}, not {object.version}")
+            listed = page.get("ObjectParts", {})
+            parts += listed.get("Parts", ())
+            if not listed.get("IsTruncated"):
+                return parts
+            more = {"PartNumberMarker": listed.get("NextPartNumberMarker")}
+        raise SourceError(f"there are more than {len(parts)} parts")
 
     async def _fetch(self, client: S3Client, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         """Read a range on the direct way where that serves it, else with aiobotocore."""
@@ -310,18 +336,6 @@ def _object(key: str, size_bytes: int | None, tag: str | None) -> SourceObject:
     if size_bytes is None or not tag:
         raise SourceError("the server tells no size or no ETag, so no version can be pinned", object=key)
     return SourceObject(key, size_bytes, tag)
-
-
-def _checksum(answer: dict[str, Any]) -> Checksum | None:
-    """The checksum of the whole object, where the answer to a HEAD has one that is neither composite nor unknown."""
-    if answer.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT":
-        return None
-    for algorithm in ALGORITHMS:
-        text = answer.get(f"Checksum{algorithm}")
-        # A composite checksum ends in a dash and the number of parts; stores that tell no type write it so too.
-        if isinstance(text, str) and "-" not in text:
-            return Checksum.from_base64(algorithm, text)
-    return None
 
 
 def _check_head(

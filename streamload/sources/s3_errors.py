@@ -39,7 +39,12 @@ EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequi
 SKEWED = "RequestTimeTooSkewed"
 
 # S3's own operations, and what a policy must allow for them.
-_PERMISSIONS = {"GetObject": "s3:GetObject", "HeadObject": "s3:GetObject", "ListObjectsV2": "s3:ListBucket"}
+_PERMISSIONS = {
+    "GetObject": "s3:GetObject",
+    "GetObjectAttributes": "s3:GetObjectAttributes",
+    "HeadObject": "s3:GetObject",
+    "ListObjectsV2": "s3:ListBucket",
+}
 
 # In the text of a refusal: of an action or a key of KMS's, not of a bucket that is called so.
 _ABOUT_KMS = re.compile(r"\bkms:|\bKMS\b")

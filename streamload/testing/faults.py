@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import ClassVar, Self, TypeVar
 
-from streamload.checksums import Checksum
+from streamload.checksums import Checksum, PartChecksums
 from streamload.errors import StreamloadError, TransientError, TruncatedReadError
 from streamload.loan import Loan
 from streamload.sources import Source, SourceObject
@@ -94,7 +94,7 @@ class FaultSource(Source):
 
         await self._operate(lambda: self._inner.read(object, start, end, loan), let_through)
 
-    async def checksum(self, object: SourceObject) -> Checksum | None:
+    async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
         return await self._operate(lambda: self._inner.checksum(object))
 
     async def describe(self) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save
 
-from streamload.checksums import Checksum
+from streamload.checksums import Checksum, PartChecksums, RunningChecksum
 from streamload.errors import AccessError, ChecksumError, ObjectChangedError, TransientError
 from streamload.loan import Loan
 from streamload.options import LoadOptions
@@ -232,7 +232,7 @@ def test_a_consumer_that_takes_nothing_stops_the_network() -> None:
 class SecretiveSource(MemorySource):
     """Does not tell its checksums."""
 
-    async def checksum(self, object: SourceObject) -> Checksum | None:
+    async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
         raise AccessError("not for you")
 
 
@@ -262,6 +262,48 @@ def test_a_flipped_bit_is_caught_by_the_objects_checksum() -> None:
     assert isinstance(error, ChecksumError)
     assert error.object == "model-1.safetensors"
     assert "CRC64NVME" in error.cause
+
+
+class PartedSource(FlippedSource):
+    """Keeps the checksums of parts that have nothing to do with reads or tensors."""
+
+    def __init__(self, part_bytes: int, *, flipped: bool) -> None:
+        super().__init__(CONTENT)
+        self.part_bytes = part_bytes
+        self.flipped = flipped
+
+    async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
+        source = FlippedSource if self.flipped else MemorySource
+        await source.read(self, object, start, end, loan)
+
+    async def checksum(self, object: SourceObject) -> PartChecksums:
+        content = CONTENT[object.key]
+        ends = (*range(self.part_bytes, len(content), self.part_bytes), len(content))
+        sums = RunningChecksum("CRC32C", ends)
+        sums.add(memoryview(content))
+        return PartChecksums("CRC32C", ends, tuple(value for _, value in sums.sums()))
+
+
+PART_BYTES = [5, 4096, 29_999, 30_000, 100_003, 1 << 19, 1 << 30]
+
+
+@pytest.mark.parametrize("part_bytes", PART_BYTES)
+def test_uploaded_parts_are_verified_whatever_their_size(part_bytes: int) -> None:
+    load = Run(PartedSource(part_bytes, flipped=False))
+    run(load.run)
+    assert load.recorder.report().verified == {"CRC32C of each uploaded part": load.recorder.total_bytes}
+
+
+@pytest.mark.parametrize("part_bytes", PART_BYTES)
+def test_a_flipped_bit_is_found_in_its_part(part_bytes: int) -> None:
+    load = Run(PartedSource(part_bytes, flipped=True))
+    with pytest.raises(BaseExceptionGroup) as caught:
+        run(load.run)
+    error = first_error(caught.value)
+    assert isinstance(error, ChecksumError)
+    size = len(CONTENT["model-1.safetensors"])
+    assert error.object == "model-1.safetensors"
+    assert (error.start, error.end) == ((size - 1) // part_bytes * part_bytes, size)
 
 
 class QuarantineSource(MemorySource):

@@ -59,10 +59,33 @@ function isSigned(r) {
     return hmac(signingKey(r.variables.s3_secret_key, scope), text).digest('hex') === fields.Signature;
 }
 
+// How long this answer is late: one of a hundred ranges is, and the last one of the last object, which every client asks
+// for near the end. Whoever asks for that again at once is served; the next load, seconds later, waits anew.
+function stallMs(r) {
+    const ms = Number(r.variables.s3_stall_ms);
+    const range = r.headersIn.Range;
+    if (ms === 0 || !range) {
+        return 0;
+    }
+    if (!r.variables.request_uri.startsWith(r.variables.s3_last_object) || !range.endsWith(r.variables.s3_last_byte)) {
+        return Math.random() < 0.01 ? ms : 0;
+    }
+    const mark = r.variables.s3_last_mark;
+    const now = Date.now();
+    let then = 0;
+    try {
+        then = Number(fs.readFileSync(mark));
+    } catch (error) {
+        // Nobody has asked for it yet.
+    }
+    fs.writeFileSync(mark, String(now));
+    return now - then > ms ? ms : 0;
+}
+
 // For auth_request: 204 lets the request pass. The wait before the first byte happens here, where nothing else waits.
 function authorize(r) {
     const status = isSigned(r) ? 204 : 403;
-    const waitMs = Number(r.variables.s3_first_byte_ms);
+    const waitMs = Number(r.variables.s3_first_byte_ms) + stallMs(r);
     if (waitMs > 0) {
         setTimeout(() => r.return(status), waitMs);
     } else {

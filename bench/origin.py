@@ -32,7 +32,7 @@ from typing import IO, Literal, TypeAlias
 
 __all__ = ["BUCKET", "Origin", "OriginUnavailableError", "Variant", "serve"]
 
-Variant: TypeAlias = Literal["http", "tls", "capped", "latency", "link"]
+Variant: TypeAlias = Literal["http", "tls", "capped", "latency", "stalls", "link"]
 
 BUCKET = "bench"
 """The only bucket, and the name of the folder that holds its objects."""
@@ -46,6 +46,9 @@ CAPPED = "sendfile_max_chunk 410k; limit_rate 100m;"
 
 # The least that a request to S3 from the same region takes is 10 to 30 ms; more would measure nothing else.
 FIRST_BYTE_MS = 30
+
+# One answer in a hundred: a server that is down for a moment, a packet lost at the wrong time.
+STALL_MS = 3000
 
 # A link that any client here can fill, so that what is measured is who wastes it.
 LINK = "rate 4gbit burst 1mb latency 20ms"
@@ -116,7 +119,8 @@ def serve(folder: Path, *, variant: Variant) -> Iterator[Origin]:
         folder: What holds the folder ``bench``; the checksums are written here.
         variant: ``http`` and ``tls``, as fast as it can; ``capped``, http with about 100 MiB/s for each connection
             (requests of 8 MiB and more: smaller ones are through before the cap acts); ``latency``, http that waits
-            30 ms before each first byte; ``link``, http with 4 Gbit/s for all connections together.
+            30 ms before each first byte; ``stalls``, http of whose answers one in a hundred, and the last of a load, is
+            3 s late; ``link``, http with 4 Gbit/s for all connections together.
 
     Yields:
         The server, listening.
@@ -285,6 +289,8 @@ def _configuration(
         f"return {status} '<?xml version=\"1.0\"?><Error><Code>{code}</Code></Error>'; }}"
         for status, code in errors.items()
     )
+    weights = [each for each in objects if each.key.endswith(".safetensors")] or objects
+    last_uri, last_byte = (f"/{BUCKET}/{weights[-1].key}", weights[-1].size - 1) if weights else ("", 0)
     temporary = " ".join(
         f"{kind}_temp_path {state}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -322,6 +328,10 @@ http {{
     set $s3_access_key {access_key};
     set $s3_secret_key {secret_key};
     set $s3_first_byte_ms {FIRST_BYTE_MS if variant == "latency" else 0};
+    set $s3_stall_ms {STALL_MS if variant == "stalls" else 0};
+    set $s3_last_object {_quoted(last_uri)};
+    set $s3_last_byte -{last_byte};
+    set $s3_last_mark {state}/last;
 {pages}
     location = /_authorize {{ internal; js_content origin.authorize; }}
     location = /{BUCKET} {{ auth_request /_authorize; js_content origin.list; }}

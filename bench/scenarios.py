@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from bench.loaders.base import MIB, Destination
 
-Place: TypeAlias = Literal["warm", "cold", "http", "tls", "capped", "latency", "link"]
+Place: TypeAlias = Literal["warm", "cold", "http", "tls", "capped", "latency", "stalls", "link"]
 
 GB = 1_000_000_000
 # The memory limit that every loader is given which has one; four of the largest tensors.
@@ -76,6 +76,14 @@ SCENARIOS: dict[str, Scenario] = {
             paced=True,
         ),
         Scenario("s3-latency", "S3 with 30 ms before each first byte", "llama", "latency"),
+        Scenario(
+            "s3-stalls",
+            "S3 of whose answers one in a hundred, the last among them, is 3 s late",
+            "llama",
+            "stalls",
+            destinations=("drain",),
+            quick=(),
+        ),
         Scenario("s3-link", "S3 over a link of 4 Gbit/s", "llama", "link", size_bytes=2 * GB, paced=True),
         Scenario(
             "small-tensors",

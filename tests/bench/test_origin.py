@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def folder(tmp_path: Path, clean_aws_env: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("variant", ["http", "tls", "capped", "latency", "link"])
+@pytest.mark.parametrize("variant", ["http", "tls", "capped", "latency", "stalls", "link"])
 def test_every_variant_speaks_s3(folder: Path, variant: Variant) -> None:
     content = (folder / "bench" / "a.bin").read_bytes()
     with serve(folder, variant=variant) as server:
@@ -144,6 +145,17 @@ def test_latency_comes_before_each_first_byte(folder: Path) -> None:
         answers = ask(server, *[("get_object", {"Key": "a.bin"})] * 3)
 
     assert all(answer["seconds"] >= origin.FIRST_BYTE_MS / 1000 for answer in answers)
+
+
+@pytest.mark.root
+def test_the_last_range_stalls_and_is_served_at_once_when_asked_for_again(folder: Path) -> None:
+    (folder / "bench" / "a.safetensors").write_bytes(bytes(100))
+    last = ("get_object", {"Key": "a.safetensors", "Range": "bytes=10-99"})
+    with serve(folder, variant="stalls") as server, ThreadPoolExecutor() as threads:
+        answers = [threads.submit(ask, server, last) for _ in range(2)]
+        seconds = sorted(future.result()[0]["seconds"] for future in answers)
+
+    assert seconds[0] < origin.STALL_MS / 1000 <= seconds[1]
 
 
 @pytest.mark.root

@@ -60,7 +60,7 @@ function isSigned(r) {
 }
 
 // How long this answer is late: one of a hundred ranges is, and the last one of the last object, which every client asks
-// for near the end. Whoever asks for that again at once is served; the next load, seconds later, waits anew.
+// for near the end. Whoever asks for that again while somebody waits is served; the next load waits anew.
 function stallMs(r) {
     const ms = Number(r.variables.s3_stall_ms);
     const range = r.headersIn.Range;
@@ -76,10 +76,13 @@ function stallMs(r) {
     try {
         then = Number(fs.readFileSync(mark));
     } catch (error) {
-        // Nobody has asked for it yet.
+        // Nobody has waited for it yet.
+    }
+    if (now - then < ms / 2) {
+        return 0;
     }
     fs.writeFileSync(mark, String(now));
-    return now - then > ms ? ms : 0;
+    return ms;
 }
 
 // For auth_request: 204 lets the request pass. The wait before the first byte happens here, where nothing else waits.

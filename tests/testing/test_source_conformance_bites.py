@@ -73,7 +73,7 @@ class _LeavesTasks(MemorySource):
     """Leaves a task behind."""
 
     async def aclose(self) -> None:
-        self.task = asyncio.create_task(asyncio.sleep(3600))
+        self.task = asyncio.create_task(asyncio.Event().wait())
 
 
 def _suite_over(kind: Callable[[dict[str, bytes]], Source]) -> SourceConformance:

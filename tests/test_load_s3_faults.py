@@ -105,12 +105,20 @@ def test_answers_that_are_cut(load: Callable[..., tuple[Report, FaultProxy]], th
     report, proxy = load(at(HEADER + 1, HEADER + 17, HEADER + 18, HEADER + 40, fault=fault))
     assert proxy.spoiled == 4
     # A connection that ends before an answer's first byte is not the server's fault: the request is sent again at once,
-    # and where it was the first on its connection it counts as tried in vain.
-    assert report.retries <= 4 if passed_bytes == 0 else report.retries == 4
+    # and where it was the first on its connection it counts as tried in vain. A reset takes with it what has arrived
+    # and was not read yet, which may be all.
+    assert report.retries <= 4
+    if passed_bytes != 0 and then == "close":
+        _retried(report, 4)
+
+
+def _retried(report: Report, times: int) -> None:
+    """So often; on a busy machine an answer that was late, too, may have been asked for again before it ended."""
+    assert report.retries == times or (report.hedged_bytes > 0 and report.retries < times)
 
 
 def test_the_header_is_cut(load: Callable[..., tuple[Report, FaultProxy]]) -> None:
-    report, _ = load(at(HEADER, fault=Fault("reset", 1000)))
+    report, _ = load(at(HEADER, fault=Fault("close", 1000)))
     assert report.retries == 1
 
 
@@ -124,11 +132,11 @@ def test_every_answer_is_cut_once(load: Callable[..., tuple[Report, FaultProxy]]
         if number <= HEADER or int(end) + 1 - int(start) != READ_BYTES or start in spoiled:
             return None
         spoiled.add(start)
-        return Fault("reset", 100_000)
+        return Fault("close", 100_000)
 
     report, proxy = load(plan)
     assert proxy.spoiled == 40
-    assert report.retries == 40
+    _retried(report, 40)
 
 
 @pytest.mark.parametrize("number", [25, 40])

@@ -271,11 +271,11 @@ def _configuration(
     secret_key: str,
 ) -> str:
     """What nginx is told to do."""
-    listen = f"listen 127.0.0.1:{port} backlog=1024 reuseport;"
+    listen = f"listen 127.0.0.1:{port} backlog=1024;"
     if variant == "tls":
         # The kernel encrypts where it can, from the page cache; where it cannot, the option has no effect.
         listen = (
-            f"listen 127.0.0.1:{port} ssl backlog=1024 reuseport; ssl_certificate {state}/certificate.pem; "
+            f"listen 127.0.0.1:{port} ssl backlog=1024; ssl_certificate {state}/certificate.pem; "
             f"ssl_certificate_key {state}/key.pem; ssl_session_cache shared:tls:1m;"
         )
     # Regardless of the case, as nginx compares these; no checkpoint has keys that differ only in that.
@@ -299,8 +299,9 @@ load_module {module};
 {"user root;" if os.geteuid() == 0 else ""}
 daemon off;
 pid {state}/nginx.pid;
-# More than one: TLS keeps a core busy for each two or three gigabytes a second.
-worker_processes 2;
+# One can send ten gigabytes a second, and encrypt two or three. Of several, each new connection gets one by chance, and
+# a client with two connections would be twice as fast where these are not the same.
+worker_processes 1;
 worker_rlimit_nofile 8192;
 events {{ worker_connections 4096; }}
 http {{

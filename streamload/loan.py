@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from streamload.checksums import RunningChecksum
 
@@ -24,10 +24,9 @@ class Loan:
         nbytes: Their length together, in bytes.
         checksum: Of what has landed so far, where it is wanted; it may stay behind what is in place.
         landed_bytes: How many bytes the source has said to be in place.
-        heard: Told of the length of each piece that lands, where somebody counts them.
     """
 
-    __slots__ = ("_parent", "_quarantined", "checksum", "heard", "landed_bytes", "nbytes", "views")
+    __slots__ = ("_parent", "_quarantined", "checksum", "landed_bytes", "nbytes", "views")
 
     def __init__(self, views: Sequence[memoryview], *, parent: Loan | None = None) -> None:
         self.views: tuple[memoryview, ...] = tuple(view for view in views if view.nbytes)
@@ -36,7 +35,6 @@ class Loan:
         self._quarantined = False
         self.checksum: RunningChecksum | None = None if parent is None else parent.checksum
         self.landed_bytes = 0
-        self.heard: Callable[[int], object] | None = None if parent is None else parent.heard
 
     @property
     def quarantined(self) -> bool:
@@ -57,8 +55,6 @@ class Loan:
             loan = loan._parent
         if self.checksum is not None:
             self.checksum.add(view)
-        if self.heard is not None:
-            self.heard(view.nbytes)
 
     def after(self, nbytes: int) -> Loan:
         """The same loan without its first `nbytes` bytes: where a retry goes on."""

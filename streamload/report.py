@@ -220,7 +220,6 @@ class Recorder:
         self.fetched_bytes = 0
         self.header_bytes = 0
         self.arrived_bytes = 0
-        self.landed_bytes = 0
         self.hedged_bytes = 0
         self.concurrency = 0
         self.most_concurrency = 0
@@ -318,10 +317,6 @@ class Recorder:
         self.retries += 1
         _logger.info("retrying: %s", error)
         self.event("retry", lane, self.now(), object=error.object, start=error.start, end=error.end, detail=error.cause)
-
-    def landed(self, nbytes: int) -> None:
-        """So many bytes of a read that may still be under way are in place."""
-        self.landed_bytes += nbytes
 
     def reading(self, concurrency: int) -> None:
         """So many reads may be in flight from now on."""

@@ -21,6 +21,10 @@ __all__ = ["HedgePolicy", "Hedger"]
 _LOOK_S = 0.1
 
 
+# After so many reads it is decided anew which are late: ranking all siblings after each costs more than it tells.
+_OBSERVED_ANEW = 8
+
+
 @dataclass(frozen=True, slots=True)
 class HedgePolicy:
     """When a read is much slower than its siblings, and what asking again may cost.
@@ -38,7 +42,7 @@ class HedgePolicy:
 
     quantile: float = 0.9
     factor: float = 3.0
-    least_s: float = 0.1
+    least_s: float = 0.2
     least_siblings: int = 16
     siblings: int = 128
     share: float = 0.05
@@ -91,6 +95,8 @@ class Hedger:
         self._pace = pace
         self._clock = clock
         self._seconds: deque[float] = deque(maxlen=self._policy.siblings)
+        self._late_s: float | None = None
+        self._observed = 0
 
     async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         """Fill the loan, as `Source.read` does and with its promises and errors."""
@@ -98,8 +104,7 @@ class Hedger:
         first = asyncio.create_task(self._source.read(object, start, end, loan))
         try:
             while not first.done():
-                late_s = self._policy.late_s(self._seconds)
-                left_s = _LOOK_S if late_s is None else began_s + late_s - self._clock()
+                left_s = _LOOK_S if self._late_s is None else began_s + self._late_s - self._clock()
                 if left_s > 0:
                     await asyncio.wait({first}, timeout=left_s)
                 elif not self._affordable(loan):
@@ -117,6 +122,9 @@ class Hedger:
     def observe(self, seconds: float) -> None:
         """A read has taken so long: what later ones are compared with."""
         self._seconds.append(seconds)
+        self._observed += 1
+        if self._late_s is None or self._observed % _OBSERVED_ANEW == 0:
+            self._late_s = self._policy.late_s(self._seconds)
 
     def _affordable(self, loan: Loan) -> bool:
         nbytes = loan.nbytes - loan.landed_bytes

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamload.errors import MemoryLimitError
+from streamload.loan import Loan
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.concurrency import ConcurrencyTuner
 from streamload.pipeline.fetch import Fetcher
@@ -93,6 +94,8 @@ class Pipeline:
         self._reads: deque[tuple[_OpenBatch, Read]] = deque()  # of the batch that was begun last
         self._turn = asyncio.Lock()
         self._workers = 0
+        self._loans: set[Loan] = set()  # of reads that are under way
+        self._read_bytes = 0  # by those that have ended
         self._open: set[_OpenBatch] = set()
         self._untaken = 0
         self._untaken_bytes = 0
@@ -180,7 +183,7 @@ class Pipeline:
             if open_batch.pending == 0:
                 # In a task of its own: a copy to the device that is still under way must not keep this worker.
                 group.create_task(self._deliver(open_batch))
-            self._tuner.read_ended(self._recorder.now(), self._recorder.landed_bytes)
+            self._tuner.read_ended(self._recorder.now(), self._landed_bytes())
             self._staff(group)
         self._workers -= 1
         heapq.heappush(self._free_lanes, lane)
@@ -230,7 +233,7 @@ class Pipeline:
             self._starved = False
             self._watch_consumer()
             # How fast bytes came meanwhile says nothing about the source.
-            self._tuner.begin(recorder.now(), recorder.landed_bytes)
+            self._tuner.begin(recorder.now(), self._landed_bytes())
         else:
             await budget.acquire(credit_bytes)
         recorder.peak_staged_bytes = budget.peak_bytes
@@ -255,7 +258,7 @@ class Pipeline:
         started_s = recorder.now()
         recorder.start("read")
         try:
-            loan.heard = recorder.landed
+            self._loans.add(loan)
             loan.checksum = self._verifier.running(object.key, read.start)
             await self._fetcher.read(object, read.start, read.end, loan, lane)
             self._verifier.add(object.key, read.start, loan)
@@ -264,13 +267,21 @@ class Pipeline:
             recorder.quarantined_bytes = sink.quarantined_bytes
             raise
         finally:
+            self._loans.discard(loan)
             recorder.stop("read")
         recorder.reads += 1
-        recorder.landed(read.nbytes - loan.landed_bytes)  # of a source that tells nothing before the end
+        self._read_bytes += read.nbytes
         recorder.fetched_bytes += read.nbytes
         recorder.arrived_bytes += read.nbytes - read.gap_bytes
         recorder.event("read", lane, started_s, object=object.key, start=read.start, end=read.end, nbytes=read.nbytes)
         sink.landed(open_batch.lease, read, loan)
+
+    def _landed_bytes(self) -> int:
+        """How many bytes are in place, those of reads that are still under way included.
+
+        Added up when it is asked for: each loan's own count has one writer, which may be another thread.
+        """
+        return self._read_bytes + sum(loan.landed_bytes for loan in self._loans)
 
     async def _deliver(self, open_batch: _OpenBatch) -> None:
         delivery = await self._sink.finish(open_batch.lease)

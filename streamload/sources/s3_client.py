@@ -30,7 +30,7 @@ from streamload.sources.s3_errors import (
 )
 from streamload.sources.s3_signing import ServerClock, Signer, parse_date
 from streamload.sources.s3_wire import S3Wire
-from streamload.wire import Head
+from streamload.wire import Head, Lanes
 
 __all__ = ["Asked", "S3Client"]
 
@@ -88,6 +88,7 @@ class S3Client:
         self._count = count
         self._style = "unknown"
         self._clock = ServerClock()
+        self._lanes = Lanes(connect_timeout_s=asked.connect_timeout_s, stall_s=asked.read_timeout_s)
         self._sessions = AsyncExitStack()  # all of them, the older ones included
         self._session: _Session
         self._renewing = asyncio.Lock()
@@ -185,7 +186,10 @@ class S3Client:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        await self._sessions.aclose()
+        try:
+            await self._lanes.aclose()
+        finally:
+            await self._sessions.aclose()
 
     async def _request(self, operation: str, **arguments: Any) -> dict[str, Any]:
         return await self._mended(lambda session: session.request(operation, arguments))
@@ -238,7 +242,7 @@ class S3Client:
             raise copy.copy(self._failure)
 
     async def _begin(self) -> None:
-        session = await _Session.open(self._asked, self._clock, self._sent_to)
+        session = await _Session.open(self._asked, self._clock, self._lanes, self._sent_to)
         self._sessions.push_async_callback(session.aclose)
         self._session = session
         self.host = _host_of(session.endpoint)
@@ -276,7 +280,7 @@ class _Session:
         self.served = False
 
     @classmethod
-    async def open(cls, asked: Asked, clock: ServerClock, sent: Callable[[str], None]) -> Self:
+    async def open(cls, asked: Asked, clock: ServerClock, lanes: Lanes, sent: Callable[[str], None]) -> Self:
         """Find credentials; nothing that an older session has read is used again."""
         config = AioConfig(
             # The pipeline retries, and knows from which byte on.
@@ -306,9 +310,8 @@ class _Session:
             client,
             Signer(client, credentials, clock),
             asked.bucket,
+            lanes,
             verify=session.get_config_variable("ca_bundle"),
-            connect_timeout_s=asked.connect_timeout_s,
-            stall_s=asked.read_timeout_s,
             count=sent,
         )
         client.meta.events.register("before-parameter-build.s3", opened._complete)
@@ -334,11 +337,8 @@ class _Session:
         return await self._ask(operation, arguments)
 
     async def aclose(self) -> None:
-        """Close the connections."""
-        try:
-            await self.wire.aclose()
-        finally:
-            await self._stack.aclose()
+        """Close aiobotocore's connections."""
+        await self._stack.aclose()
 
     async def _ask(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
@@ -371,10 +371,25 @@ def _host_of(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
+class _AllServices(list[str]):
+    """As good as a list of all services, to those who only ask whether one is in it."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+class _Models(Loader):  # type: ignore[misc]
+    """What reads botocore's descriptions of the services."""
+
+    def list_available_services(self, type_name: str) -> list[str]:
+        """Not looked for in some four hundred folders, twice, which takes 20 ms: S3 is there, or is missed when read."""
+        return _AllServices()
+
+
 @cache
 def _models(data_path: str | None) -> Loader:
-    """What reads botocore's descriptions of the services; parsing S3's takes a tenth of a second, once."""
-    return create_loader(data_path)
+    """One for the process: to parse what it reads takes some 40 ms, once."""
+    return _Models(create_loader(data_path).search_paths, include_default_search_paths=False)
 
 
 async def _find_credentials(session: AioSession) -> Any:

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from botocore.auth import SIGV4_TIMESTAMP, S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
-__all__ = ["SIGNATURES", "ServerClock", "Signer", "Signing", "parse_date", "signing_of"]
+__all__ = ["SIGNATURES", "Moment", "ServerClock", "Signer", "Signing", "parse_date", "signing_of"]
 
 #: The versions of signatures that `Signer` makes, as botocore calls them.
 SIGNATURES = frozenset({"v4", "s3v4"})
@@ -42,6 +42,7 @@ class ServerClock:
 
     def __init__(self) -> None:
         self._origin_s: float | None = None
+        self._stamp = (0, "")  # the second that was asked for last, and its text
 
     @property
     def corrected(self) -> bool:
@@ -56,10 +57,12 @@ class ServerClock:
         self._origin_s = server_s - time.monotonic()
         return True
 
-    def now(self) -> datetime:
-        """The time to sign with."""
+    def timestamp(self) -> str:
+        """The time to sign with, as signatures have it."""
         seconds = time.time() if self._origin_s is None else self._origin_s + time.monotonic()
-        return datetime.fromtimestamp(seconds, UTC)
+        if self._stamp[0] != int(seconds):
+            self._stamp = (int(seconds), datetime.fromtimestamp(seconds, UTC).strftime(SIGV4_TIMESTAMP))
+        return self._stamp[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,18 @@ def signing_of(request: AWSRequest, region_name: str, signing_name: str, signatu
     )
 
 
+class Moment(NamedTuple):
+    """What a signature depends on beside the request: within one moment the same request is signed alike.
+
+    Attributes:
+        credentials: botocore's frozen ones.
+        timestamp: The server's time, in whole seconds, as signatures have it.
+    """
+
+    credentials: Any
+    timestamp: str
+
+
 class Signer:
     """Signs requests to S3 with the credentials of the moment, at the server's time.
 
@@ -104,25 +119,29 @@ class Signer:
         # pass the time through Python. So what they have signed is signed again. Last: after botocore's own handler.
         client.meta.events.register_last("request-created.s3", self._sign_again)
 
-    async def sign(self, request: AWSRequest, region: str, service: str) -> None:
-        """Put date, token and signature into a request's headers, in place of those it has."""
+    async def moment(self) -> Moment:
+        """The credentials and the time of now; credentials that are about to expire are refreshed first."""
         credentials = await self._credentials.get_frozen_credentials()
-        _TimedAuth(credentials, service, region, self._clock).add_auth(request)
+        return Moment(credentials, self._clock.timestamp())
+
+    def sign(self, request: AWSRequest, region: str, service: str, moment: Moment) -> None:
+        """Put date, token and signature into a request's headers, in place of those it has."""
+        _TimedAuth(moment, service, region).add_auth(request)
 
     async def _sign_again(self, request: AWSRequest, **_: Any) -> None:
         signing = request.context.get(_NOTE)
         if self._clock.corrected and signing is not None and signing.version in SIGNATURES:
-            await self.sign(request, signing.region, signing.service)
+            self.sign(request, signing.region, signing.service, await self.moment())
 
 
 class _TimedAuth(S3SigV4Auth):  # type: ignore[misc]
-    def __init__(self, credentials: Any, service: str, region: str, clock: ServerClock) -> None:
-        super().__init__(credentials, service, region)
-        self._clock = clock
+    def __init__(self, moment: Moment, service: str, region: str) -> None:
+        super().__init__(moment.credentials, service, region)
+        self._timestamp = moment.timestamp
 
     def _modify_request_before_signing(self, request: AWSRequest) -> None:
         # The first thing that `add_auth` calls; what it signs is the time that it has noted here.
-        request.context["timestamp"] = self._clock.now().strftime(SIGV4_TIMESTAMP)
+        request.context["timestamp"] = self._timestamp
         super()._modify_request_before_signing(request)
 
 

@@ -17,8 +17,8 @@ from botocore.utils import get_environ_proxies
 
 from streamload.errors import SourceError
 from streamload.loan import Loan
-from streamload.sources.s3_signing import SIGNATURES, Signer, Signing, signing_of
-from streamload.wire import Head, Pool, Response
+from streamload.sources.s3_signing import SIGNATURES, Moment, Signer, Signing, signing_of
+from streamload.wire import Head, Lanes, Response, Server
 
 __all__ = ["S3Wire", "UnservedError"]
 
@@ -54,11 +54,13 @@ class _Target:
 
     Attributes:
         url: Where.
+        server: Whom that means.
         signing: How it is signed.
         headers: What goes with every request.
     """
 
     url: str
+    server: Server
     signing: Signing
     headers: Mapping[str, str]
 
@@ -68,19 +70,17 @@ _capturing: ContextVar[list[Signing] | None] = ContextVar("_capturing", default=
 
 
 class S3Wire:
-    """Makes GetObject's requests for one bucket over connections of its own.
+    """Makes GetObject's requests for one bucket, without aiobotocore's connections.
 
     aiobotocore prepares the first request for each object; it knows endpoints, regions and addressing styles. Its URL
-    and region serve for the object's other ranges, each signed for itself with the credentials of that moment, at the
-    server's time.
+    and region serve for the object's other ranges, signed with the credentials of that moment, at the server's time.
 
     Args:
         client: aiobotocore's client.
         signer: Signs requests.
         bucket: The bucket.
+        lanes: Whose connections are used.
         verify: The CA bundle's path, or None for the usual one.
-        connect_timeout_s: How long making a connection may take, in seconds.
-        stall_s: For how long the server may send nothing while it owes an answer, in seconds.
         count: Called with the URL whenever a request is sent.
     """
 
@@ -89,22 +89,21 @@ class S3Wire:
         client: Any,
         signer: Signer,
         bucket: str,
+        lanes: Lanes,
         *,
         verify: str | None,
-        connect_timeout_s: float,
-        stall_s: float,
         count: Callable[[str], None],
     ) -> None:
         self._client = client
         self._signer = signer
         self._bucket = bucket
+        self._lanes = lanes
         self._verify = verify
-        self._connect_timeout_s = connect_timeout_s
-        self._stall_s = stall_s
+        self._context: ssl.SSLContext | None = None
         self._count = count
         self._targets: dict[str, _Target] = {}
         self._unserved: dict[str, str] = {}
-        self._pools: dict[tuple[str, str, int], Pool] = {}
+        self._heads: dict[str, tuple[Moment, str]] = {}
         client.meta.events.register_first("before-sign.s3.GetObject", _note_signing)
         # Before the handler that counts what is sent: this one ends the request, and nothing is.
         client.meta.events.register_first("before-send.s3.GetObject", _capture)
@@ -128,8 +127,8 @@ class S3Wire:
         if key in self._unserved:
             raise UnservedError(self._unserved[key])
         target = self._targets.get(key) or await self._find_target(key)
-        parts = urlsplit(target.url)
-        request = await self._sign(target, parts, {"Range": f"bytes={start}-{end - 1}", "If-Match": tag})
+        head = await self._signed_head(target)
+        request = f"{head}Range: bytes={start}-{end - 1}\r\nIf-Match: {tag}\r\n\r\n".encode("latin-1")
         self._count(target.url)
 
         def place(head: Head) -> Sequence[memoryview] | None:
@@ -141,18 +140,13 @@ class S3Wire:
                 raise UnservedError(self._unserved[key])
             return loan.views
 
-        response = await self._pool(parts).ask(request, place, loan.landed)
+        response = await self._lanes.ask(target.server, request, place, loan.landed)
         if response.head.status >= 300:
             error = _error(response)
             if response.head.status < 400 or error.response["Error"].get("Code") in _ELSEWHERE:
                 self._targets.pop(key, None)
                 raise UnservedError(f"redirected ({error.response['Error'].get('Code') or response.head.status})")
             raise error
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        for pool in self._pools.values():
-            await pool.aclose()
 
     async def _find_target(self, key: str) -> _Target:
         signings: list[Signing] = []
@@ -173,38 +167,44 @@ class S3Wire:
             raise UnservedError(f"requests are signed in another way ({way})")
         headers = {name: _text(request.headers[name]) for name in _KEPT_HEADERS if name in request.headers}
         headers.pop("x-amz-security-token", None)  # of those credentials, not of this moment's
-        target = self._targets[key] = _Target(request.url, signing, headers)
+        target = self._targets[key] = _Target(request.url, self._server(urlsplit(request.url)), signing, headers)
         return target
 
-    async def _sign(self, target: _Target, parts: SplitResult, headers: Mapping[str, str]) -> bytes:
-        request = AWSRequest(method="GET", url=target.url, headers={**target.headers, **headers})
+    async def _signed_head(self, target: _Target) -> str:
+        """What all requests for an object have in common within a second: everything but range and version.
+
+        Those two are left out of the signature, as headers may be whose names do not begin with ``x-amz-`` (Amazon S3 API
+        reference, "Authenticating Requests: Using the Authorization Header"): to sign each range for itself took an
+        eighth of a load's time. That an answer is the range and version that were asked for is checked on the answer.
+        """
+        moment = await self._signer.moment()
+        signed = self._heads.get(target.url)
+        if signed is not None and signed[0] == moment:
+            return signed[1]
+        request = AWSRequest(method="GET", url=target.url, headers=dict(target.headers))
         request.context["payload_signing_enabled"] = False
-        await self._signer.sign(request, target.signing.region, target.signing.service)
+        self._signer.sign(request, target.signing.region, target.signing.service, moment)
+        parts = urlsplit(target.url)
         where = parts.path + (f"?{parts.query}" if parts.query else "")
         host = parts.netloc.rpartition("@")[2]
         lines = [f"GET {where} HTTP/1.1", f"Host: {host}", "Accept-Encoding: identity"]
         lines += [f"{name}: {value}" for name, value in request.headers.items()]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+        head = "\r\n".join([*lines, ""])
+        self._heads[target.url] = (moment, head)
+        return head
 
-    def _pool(self, parts: SplitResult) -> Pool:
+    def _server(self, parts: SplitResult) -> Server:
         assert parts.hostname is not None
         secure = parts.scheme == "https"
-        place = (parts.scheme, parts.hostname, parts.port or (443 if secure else 80))
-        pool = self._pools.get(place)
-        if pool is None:
-            pool = self._pools[place] = Pool(
-                *place[1:],
-                tls=self._tls() if secure else None,
-                connect_timeout_s=self._connect_timeout_s,
-                stall_s=self._stall_s,
-            )
-        return pool
+        return Server(parts.hostname, parts.port or (443 if secure else 80), self._tls() if secure else None)
 
     def _tls(self) -> ssl.SSLContext:
-        try:
-            return ssl.create_default_context(cafile=self._verify or get_cert_path(True))
-        except OSError as error:
-            raise SourceError(f"the CA bundle {self._verify!r} cannot be read: {error}") from None
+        if self._context is None:
+            try:
+                self._context = ssl.create_default_context(cafile=self._verify or get_cert_path(True))
+            except OSError as error:
+                raise SourceError(f"the CA bundle {self._verify!r} cannot be read: {error}") from None
+        return self._context
 
 
 def _note_signing(request: AWSRequest, region_name: str, signing_name: str, signature_version: Any, **_: Any) -> None:

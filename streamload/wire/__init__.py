@@ -2,6 +2,7 @@
 
 from streamload.wire.connection import Response
 from streamload.wire.head import Head
+from streamload.wire.lanes import Lanes, Server
 from streamload.wire.pool import Pool
 
-__all__ = ["Head", "Pool", "Response"]
+__all__ = ["Head", "Lanes", "Pool", "Response", "Server"]

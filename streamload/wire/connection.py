@@ -25,6 +25,9 @@ Landed = Callable[[memoryview], None]
 # How much of an answer is received before its head was seen. What of this belongs to the body is copied, once.
 _HEAD_BUFFER_BYTES = 8 << 10
 
+# For how long after its last byte a connection is taken to be as it was.
+_FRESH_S = 0.05
+
 _END_OF_HEAD = b"\r\n\r\n"
 
 
@@ -91,10 +94,20 @@ class Connection(asyncio.BufferedProtocol):
     # What the pool asks
 
     @property
+    def idle(self) -> bool:
+        """Whether another exchange can begin, as far as the event loop has looked."""
+        return self._state is _State.IDLE and self._transport is not None and not self._transport.is_closing()
+
+    @property
     def usable(self) -> bool:
         """Whether another exchange can begin: nothing has come, or is about to be received, that nobody asked for."""
-        if self._state is not _State.IDLE or self._transport is None or self._transport.is_closing():
+        if not self.idle:
             return False
+        # A system call lets other threads have the interpreter's lock, and getting it back takes a tenth of a millisecond
+        # where they are busy. Right after an answer there is nothing to see that the event loop has not seen: what a server
+        # says when it closes an idle connection, it says later.
+        if self._loop.time() - self._heard_s < _FRESH_S:
+            return True
         # Data or the connection's end that the event loop has not looked at yet; it would be taken for an answer.
         return not self._pending.poll(0)
 

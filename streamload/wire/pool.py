@@ -80,7 +80,7 @@ class Pool:
         except BaseException:
             connection.abort()
             raise
-        if connection.usable and not self._closed:
+        if connection.idle and not self._closed:
             self._idle.append(connection)
         else:
             connection.abort()

@@ -285,7 +285,7 @@ def test_late_is_much_later_than_the_others() -> None:
     assert policy.late_s(deque([0.1] * 16)) == pytest.approx(0.3)
     # A few that were late themselves do not make lateness usual.
     assert policy.late_s(deque([0.1] * 18 + [3.0] * 2)) == pytest.approx(0.3)
-    assert policy.late_s(deque([0.001] * 50)) == 0.1
+    assert policy.late_s(deque([0.001] * 50)) == 0.2
 
 
 @given(st.lists(st.floats(0.001, 10), min_size=16, max_size=128))

@@ -19,7 +19,7 @@ from streamload.pipeline.concurrency import ConcurrencyTuner
 from streamload.pipeline.engine import Engine, first_error
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.handoff import Finished, Handoff
-from streamload.pipeline.hedge import Hedger
+from streamload.pipeline.hedge import HedgePolicy, Hedger
 from streamload.pipeline.pace import Pace
 from streamload.pipeline.run import Pipeline
 from streamload.plan import Plan
@@ -166,6 +166,7 @@ class _Load:
 
     async def _run(self) -> None:
         recorder = self.recorder
+        assert self.options.memory_bytes is not None
         async with self._source as source, watch(self.options.progress, recorder):
             recorder.count_requests(lambda: source.requests)
             recorder.paths = source.paths
@@ -173,8 +174,12 @@ class _Load:
             try:
                 # Not around what closes the source: that has limits of its own, and must not be cut off.
                 async with deadline(self.options.deadline_s, self._how_far):
-                    planned = await plan_load(source, Fetcher(source, recorder, pace=pace), recorder, self.options)
-                    await self._flow(planned, pace)
+                    budget = Budget(self.options.memory_bytes)
+                    # Headers are compared with headers: how long they take says nothing about large reads.
+                    headers = Hedger(source, budget, recorder, policy=HedgePolicy(least_siblings=3), pace=pace)
+                    fetcher = Fetcher(source, recorder, pace=pace, hedger=headers if source.hedged else None)
+                    planned = await plan_load(source, fetcher, recorder, self.options)
+                    await self._flow(planned, budget, pace)
             finally:
                 self.engine.ignore_cancel()
 
@@ -185,10 +190,9 @@ class _Load:
             f"{recorder.total_bytes} bytes had arrived"
         )
 
-    async def _flow(self, planned: PlannedLoad, pace: Pace | None) -> None:
+    async def _flow(self, planned: PlannedLoad, budget: Budget, pace: Pace | None) -> None:
         options, recorder, source = self.options, self.recorder, self._source
         assert options.memory_bytes is not None
-        budget = Budget(options.memory_bytes)
         tuner = ConcurrencyTuner(planned.concurrency, most=planned.most_concurrency)
         hedger = Hedger(source, budget, recorder, pace=pace) if source.hedged else None
         sink = self._make_sink(

@@ -96,8 +96,8 @@ def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int, int
         read_bytes = min(read_bytes, max(LEAST_READ_BYTES, int(options.max_bytes_per_s * _PACED_READ_S)))
     if options.concurrency != "auto":
         return read_bytes, options.concurrency, options.concurrency
-    # Half of the memory is for what has arrived and was not taken yet: more reads would only wait for it.
-    most = min(source.most_concurrency or source.concurrency, max(1, options.memory_bytes // (2 * read_bytes)))
+    # A quarter of the memory is for what has arrived and was not taken yet: more reads would only wait for it.
+    most = min(source.most_concurrency or source.concurrency, max(1, 3 * options.memory_bytes // (4 * read_bytes)))
     return read_bytes, source.concurrency, max(source.concurrency, most)
 
 

@@ -75,6 +75,8 @@ async def discover(
         index = await _read_index(fetcher, recorder, listed)
         keys = shard_keys(tuple(listed), index)
         objects = await _find(fetcher, keys, listed, index, concurrency)
+    # Until it is known what of it is wanted.
+    recorder.total_bytes = sum(object.size_bytes for object in objects.values())
     recorder.event("list", "engine", started_s, detail=f"{len(listed)} objects, {len(objects)} shard files")
 
     lanes: asyncio.Queue[str] = asyncio.Queue()

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamload.errors import TransientError
+from streamload.errors import StreamloadError, TransientError
 from streamload.loan import Loan
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.pace import Pace
@@ -37,6 +37,8 @@ class HedgePolicy:
         least_s: No read is late before.
         least_siblings: With fewer there is nothing to compare with.
         siblings: Only so many of the last ones count: how long reads take changes with the load on link and server.
+        silent_s: While there is nothing to compare with, a read is late when not a byte has come for so long. S3 sends
+            the first one within a tenth of that nearly always.
         share: Of the load's bytes, no more than this is asked for again.
     """
 
@@ -45,6 +47,7 @@ class HedgePolicy:
     least_s: float = 0.2
     least_siblings: int = 16
     siblings: int = 128
+    silent_s: float = 1.0
     share: float = 0.05
 
     def late_s(self, seconds: deque[float]) -> float | None:
@@ -67,7 +70,8 @@ class Hedger:
     """Reads from a source; where that takes too long, once more beside it, into memory of its own.
 
     Whichever is whole first counts. The other one is cancelled and waited for before the read ends: nothing writes any
-    more when this returns or raises. A second try that fails, or for which there is no credit, changes nothing.
+    more when this returns or raises. A second try that fails changes nothing. Where there is no credit for memory of its
+    own, the first one is given up instead and asked for again from the byte that it reached.
 
     Args:
         source: Where the bytes come from.
@@ -100,24 +104,58 @@ class Hedger:
 
     async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         """Fill the loan, as `Source.read` does and with its promises and errors."""
-        began_s = self._clock()
+        began_s = asked_s = self._clock()
+        had = 0  # what was in place when it was asked for anew
+        again = False
         first = asyncio.create_task(self._source.read(object, start, end, loan))
         try:
             while not first.done():
-                left_s = _LOOK_S if self._late_s is None else began_s + self._late_s - self._clock()
-                if left_s > 0:
+                left_s = self._left_s(asked_s, loan)
+                if again:
+                    # Once is enough: more of them would be a burden on a server in trouble.
+                    await asyncio.wait({first})
+                elif left_s > 0:
                     await asyncio.wait({first}, timeout=left_s)
                 elif not self._affordable(loan):
                     await asyncio.wait({first}, timeout=_LOOK_S)
-                elif await self._read_again(first, object, start, end, loan):
-                    return
+                elif loan.nbytes - loan.landed_bytes <= self._budget.spare_bytes:
+                    again = True
+                    if await self._read_again(first, object, start, end, loan):
+                        return
                 else:
-                    # Once is enough: more of them would be a burden on a server in trouble.
-                    await asyncio.wait({first})
+                    again = True
+                    await _end(first)
+                    if not _failed(first):
+                        break
+                    had = self._given_up(loan)
+                    first = asyncio.create_task(self._source.read(object, start + had, end, loan.after(had)))
         finally:
             await _end(first)
-        first.result()
+        try:
+            first.result()
+        except StreamloadError as error:
+            error.valid_bytes += had
+            raise
         self.observe(self._clock() - began_s)
+
+    def _left_s(self, asked_s: float, loan: Loan) -> float:
+        """How long to wait before it is looked at again; nothing or less: the read is late."""
+        late_s = self._late_s
+        if late_s is not None:
+            return asked_s + late_s - self._clock()
+        if loan.landed_bytes:
+            return _LOOK_S
+        return min(_LOOK_S, asked_s + self._policy.silent_s - self._clock())
+
+    def _given_up(self, loan: Loan) -> int:
+        """A first read was ended, to be asked for again; what of it counts."""
+        if loan.quarantined:
+            raise TransientError("a read that was given up may still write into its memory")
+        had = loan.landed_bytes
+        self._recorder.hedged_bytes += loan.nbytes - had
+        if self._pace is not None:
+            self._pace.wait_s(self._clock(), loan.nbytes - had)  # those who come later wait for it
+        return had
 
     def observe(self, seconds: float) -> None:
         """A read has taken so long: what later ones are compared with."""
@@ -127,11 +165,9 @@ class Hedger:
             self._late_s = self._policy.late_s(self._seconds)
 
     def _affordable(self, loan: Loan) -> bool:
-        nbytes = loan.nbytes - loan.landed_bytes
         recorder = self._recorder
-        return nbytes <= self._budget.spare_bytes and self._policy.affordable(
-            nbytes, recorder.hedged_bytes, recorder.total_bytes
-        )
+        nbytes = loan.nbytes - loan.landed_bytes
+        return self._policy.affordable(nbytes, recorder.hedged_bytes, recorder.total_bytes)
 
     async def _read_again(
         self, first: asyncio.Task[None], object: SourceObject, start: int, end: int, loan: Loan

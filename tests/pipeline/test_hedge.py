@@ -248,19 +248,78 @@ def test_cancelled_it_leaves_nothing(second: bool, twice: bool) -> None:
     run_on_each_loop(body)
 
 
-def test_without_credit_there_is_no_second_read_until_there_is() -> None:
+@pytest.mark.parametrize("telling", [True, False])
+@pytest.mark.parametrize("before", [0, 1, 299, 300, 999])
+def test_without_credit_the_first_read_is_given_up_and_asked_for_again(telling: bool, before: int) -> None:
+    """Into the same memory, from the byte that it reached; once."""
+
     async def body() -> None:
-        case = Case(memory_bytes=1000)
-        await case.budget.acquire(950)
-        await case.begin(first_brings=100, second=False)
+        case = Case(telling=telling, memory_bytes=1000)
+        await case.budget.acquire(1000)
+        await case.begin(first_brings=before)
+        first, again = case.source.reads
+        had = before if telling else 0
+        assert (again.start, again.end) == (had, 1000)
+        assert case.source.writing == 1, "the first one has ended"
+        case.now_s = 1000.0
         for _ in range(20):
             await asyncio.sleep(0)
-        assert len(case.source.reads) == 1
-        case.budget.give_back(950)
-        await until(lambda: len(case.source.reads) == 2)
-        case.source.reads[1].steps.put_nowait(900)
+        assert len(case.source.reads) == 2
+        first.steps.put_nowait(1000)
+        again.steps.put_nowait(1000)
+        case.budget.give_back(1000)
         await case.end()
         case.check()
+        assert case.recorder.hedged_bytes == 1000 - had
+
+    run_on_each_loop(body)
+
+
+def test_an_error_of_a_read_that_was_asked_for_again_counts_from_its_beginning() -> None:
+    async def body() -> None:
+        case = Case(memory_bytes=1000)
+        await case.budget.acquire(1000)
+        await case.begin(first_brings=300)
+        case.source.reads[1].steps.put_nowait(200)
+        case.source.reads[1].steps.put_nowait(TransientError("cut", valid_bytes=200))
+        case.budget.give_back(1000)
+        with pytest.raises(TransientError) as caught:
+            await case.end()
+        assert caught.value.valid_bytes == 500
+        assert case.memory[:500] == CONTENT[:500]
+
+    run_on_each_loop(body)
+
+
+def test_a_read_that_may_still_write_is_not_asked_for_again() -> None:
+    async def body() -> None:
+        case = Case(memory_bytes=1000)
+        await case.budget.acquire(1000)
+        await case.begin(first_brings=300, second=False)
+        case.loan.quarantine()
+        case.budget.give_back(1000)
+        await case.budget.acquire(1000)
+        with pytest.raises(TransientError, match="may still write"):
+            await case.reading
+        assert len(case.source.reads) == 1
+        case.budget.give_back(1000)
+
+    run_on_each_loop(body)
+
+
+def test_while_nothing_is_known_a_silent_read_is_late_and_one_that_brings_something_is_not() -> None:
+    async def body() -> None:
+        for brings in (0, 1):
+            case = Case()
+            case.hedger._late_s = None
+            await case.begin(first_brings=brings, second=False)
+            if brings == 0:
+                await until(lambda: len(case.source.reads) == 2)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert len(case.source.reads) == 2 - brings
+            case.source.reads[0].steps.put_nowait(1000)
+            await case.end()
 
     run_on_each_loop(body)
 

@@ -276,7 +276,11 @@ def _configuration(
         # The kernel encrypts where it can, from the page cache; where it cannot, the option has no effect.
         listen = (
             f"listen 127.0.0.1:{port} ssl backlog=1024; ssl_certificate {state}/certificate.pem; "
-            f"ssl_certificate_key {state}/key.pem; ssl_session_cache shared:tls:1m;"
+            f"ssl_certificate_key {state}/key.pem; ssl_session_cache shared:tls:1m; "
+            # As S3's endpoints do: the server chooses, and prefers the cheaper cipher. Else each client brings its own
+            # preference, and ciphers are compared rather than loaders.
+            "ssl_prefer_server_ciphers on; "
+            "ssl_conf_command Ciphersuites TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256;"
         )
     # Regardless of the case, as nginx compares these; no checkpoint has keys that differ only in that.
     checksums = "\n".join(

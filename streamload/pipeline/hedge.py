@@ -24,6 +24,10 @@ _LOOK_S = 0.1
 # After so many reads it is decided anew which are late: ranking all siblings after each costs more than it tells.
 _OBSERVED_ANEW = 8
 
+# Where one answer in a hundred is late, so is the second one, now and then, and hardly ever a third. More of them would
+# be a burden on a server in trouble.
+_TRIES = 3
+
 
 @dataclass(frozen=True, slots=True)
 class HedgePolicy:
@@ -105,30 +109,32 @@ class Hedger:
     async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         """Fill the loan, as `Source.read` does and with its promises and errors."""
         began_s = asked_s = self._clock()
-        had = 0  # what was in place when it was asked for anew
-        again = False
+        had, rest = 0, loan  # what was in place when the first read was asked for anew, and what was not
+        tries = 0
         first = asyncio.create_task(self._source.read(object, start, end, loan))
         try:
             while not first.done():
                 left_s = self._left_s(asked_s, loan)
-                if again:
-                    # Once is enough: more of them would be a burden on a server in trouble.
+                if tries == _TRIES:
                     await asyncio.wait({first})
                 elif left_s > 0:
                     await asyncio.wait({first}, timeout=left_s)
                 elif not self._affordable(loan):
                     await asyncio.wait({first}, timeout=_LOOK_S)
                 elif loan.nbytes - loan.landed_bytes <= self._budget.spare_bytes:
-                    again = True
-                    if await self._read_again(first, object, start, end, loan):
+                    tries += 1
+                    if await self._read_again(first, object, start + had, end, rest):
                         return
+                    asked_s = self._clock()
                 else:
-                    again = True
+                    tries += 1
                     await _end(first)
                     if not _failed(first):
                         break
                     had = self._given_up(loan)
-                    first = asyncio.create_task(self._source.read(object, start + had, end, loan.after(had)))
+                    rest = loan.after(had)
+                    asked_s = self._clock()
+                    first = asyncio.create_task(self._source.read(object, start + had, end, rest))
         finally:
             await _end(first)
         try:
@@ -189,7 +195,12 @@ class Hedger:
             if self._pace is not None:
                 self._pace.wait_s(self._clock(), nbytes)  # those who come later wait for it
             second = asyncio.create_task(self._source.read(object, start + had, end, lent))
-            await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+            asked_s = self._clock()
+            while not (first.done() or second.done()):
+                left_s = self._left_s(asked_s, lent)
+                if left_s <= 0:
+                    break  # a second one may be late, too: it is given up, and there is a third
+                await asyncio.wait({first, second}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if first.done() and _failed(first):
                 await asyncio.wait({second})
             if not second.done() or _failed(second):

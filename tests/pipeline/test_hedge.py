@@ -251,26 +251,46 @@ def test_cancelled_it_leaves_nothing(second: bool, twice: bool) -> None:
 @pytest.mark.parametrize("telling", [True, False])
 @pytest.mark.parametrize("before", [0, 1, 299, 300, 999])
 def test_without_credit_the_first_read_is_given_up_and_asked_for_again(telling: bool, before: int) -> None:
-    """Into the same memory, from the byte that it reached; once."""
+    """Into the same memory, from the byte that it reached; three times."""
 
     async def body() -> None:
         case = Case(telling=telling, memory_bytes=1000)
         await case.budget.acquire(1000)
         await case.begin(first_brings=before)
-        first, again = case.source.reads
+        _, again = case.source.reads
         had = before if telling else 0
         assert (again.start, again.end) == (had, 1000)
         assert case.source.writing == 1, "the first one has ended"
-        case.now_s = 1000.0
+        for reads in (3, 4):
+            case.now_s *= 10
+            await until(lambda: len(case.source.reads) == reads)  # noqa: B023 -- awaited here
+        case.now_s *= 10
         for _ in range(20):
             await asyncio.sleep(0)
-        assert len(case.source.reads) == 2
-        first.steps.put_nowait(1000)
-        again.steps.put_nowait(1000)
+        assert len(case.source.reads) == 4
+        assert case.source.writing == 1
+        for read in case.source.reads:
+            read.steps.put_nowait(1000)
         case.budget.give_back(1000)
         await case.end()
         case.check()
-        assert case.recorder.hedged_bytes == 1000 - had
+        assert case.recorder.hedged_bytes == 3 * (1000 - had)
+
+    run_on_each_loop(body)
+
+
+def test_a_second_read_that_is_late_too_is_given_up_for_a_third() -> None:
+    async def body() -> None:
+        case = Case()
+        await case.begin(first_brings=100)
+        case.now_s = 1000.0
+        await until(lambda: len(case.source.reads) == 3)
+        assert case.source.writing == 2
+        assert (case.source.reads[2].start, case.source.reads[2].end) == (100, 1000)
+        case.source.reads[1].steps.put_nowait(900)
+        case.source.reads[2].steps.put_nowait(900)
+        await case.end()
+        case.check()
 
     run_on_each_loop(body)
 

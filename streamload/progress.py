@@ -22,6 +22,11 @@ _logger = logging.getLogger("streamload.progress")
 _BAR_INTERVAL_S = 0.1
 _LOG_INTERVAL_S = 5.0
 
+# Of a terminal's width, the checkpoint's name takes a third at most; below so many columns, the bar and the speed are
+# all there is room for.
+_NAMES_SHARE = 3
+_WIDE_COLUMNS = 100
+
 
 def watch(progress: bool | OnProgress, recorder: Recorder) -> Watch:
     """An async context manager that shows progress for as long as its block runs.
@@ -100,6 +105,15 @@ class Watch:
             _logger.exception("showing progress failed; it is not shown any more")
 
 
+def _shown(uri: str, most: int | None = None) -> str:
+    """A URI without anything that a terminal would act on, and with its middle left out where it is too long."""
+    text = uri if uri.isprintable() else "".join(each if each.isprintable() else ascii(each)[1:-1] for each in uri)
+    if most is None or len(text) <= most:
+        return text
+    kept = max(2, most - 1)
+    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
+
+
 class _Callback:
     def __init__(self, call: Callable[[Progress], None]) -> None:
         self.show = call
@@ -115,20 +129,28 @@ class _Bar:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
-        self._bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
+        console = Console(stderr=True)
+        columns = [
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(),
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
-            TextColumn("{task.fields[tensors]}", markup=False),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
+        ]
+        if console.width >= _WIDE_COLUMNS:
+            columns += [
+                TextColumn("{task.fields[tensors]}", markup=False, table_column=Column(no_wrap=True)),
+                TimeElapsedColumn(),
+            ]
+        self._bar = RichProgress(
+            *columns,
+            console=console,
             auto_refresh=False,
             # rich leads what is printed meanwhile around the bar, to stderr: right only where both are the terminal.
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
-        self._task = self._bar.add_task(uri, total=None, tensors="")
+        self._task = self._bar.add_task(_shown(uri, console.width // _NAMES_SHARE), total=None, tensors="")
         self._bar.start()
 
     def show(self, progress: Progress) -> None:
@@ -146,7 +168,7 @@ class _Bar:
 
 class _LogLine:
     def __init__(self, uri: str) -> None:
-        self._uri = uri
+        self._uri = _shown(uri)
 
     def show(self, progress: Progress) -> None:
         if not progress.total_bytes:

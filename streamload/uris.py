@@ -16,8 +16,8 @@ _SECRETS = re.compile(
     r"|(?P<field>(?:X-Amz-(?:Signature|Credential|Security-Token)|Signature|AWSAccessKeyId"
     r"|secret_?access_?key|session_?token)[\"']?\s*[=:]\s*[\"']?)[^\s&\"',;]+"
     r"|(?P<bearer>\bAuthorization:\s*(?:Bearer\s+|Basic\s+)?|\bBearer\s+)\S+"
-    # The last @ counts: a password that nobody has escaped can hold others.
-    r"|(?P<scheme>\b[a-z][a-z0-9+.-]*://)[^/\s]+@",
+    # The last @ counts: a password that nobody has escaped can hold others, and slashes.
+    r"|(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?:(?!arn:)[^/\s:@]*:(?!\d+(?:[/\s]|$))\S*@|[^/\s]+@)",
     re.IGNORECASE,
 )
 
@@ -32,11 +32,12 @@ def scrub_uri(uri: str) -> str:
     """The URI without user name, password and any query field that could be a credential."""
     if "://" not in uri:
         return uri
+    uri = scrub(uri)
     try:
         parts = urlsplit(uri)
         query = parse_qsl(parts.query, keep_blank_values=True)
     except ValueError:
-        return scrub(uri)
+        return uri
     host = parts.netloc.rpartition("@")[2]
     shown = urlencode([(k, v if k in _SHOWN_QUERY_FIELDS else _HIDDEN) for k, v in query], safe="*")
     # Not urlunsplit, which leaves the slashes out where there is no host.

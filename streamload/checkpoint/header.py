@@ -142,9 +142,21 @@ def parse_header(raw: bytes, *, key: str, size_bytes: int) -> ShardFile:
 
 def _check_length(length: int, size_bytes: int) -> None:
     if length > MAX_HEADER_BYTES:
-        raise HeaderError(f"the header claims {length} bytes; the limit is {MAX_HEADER_BYTES}")
+        raise HeaderError(f"the header claims {length} bytes; the limit is {MAX_HEADER_BYTES}{_what_else(length)}")
     if _LENGTH_BYTES + length > size_bytes:
         raise HeaderError(f"the header claims {length} bytes, but {size_bytes - _LENGTH_BYTES} follow its length")
+
+
+def _what_else(length: int) -> str:
+    """What a file may be that begins with these eight bytes in place of a header's length."""
+    first = length.to_bytes(_LENGTH_BYTES, "little")
+    if first == b"version ":
+        return ": this is no safetensors file, but perhaps a pointer of Git LFS, which `git lfs pull` replaces"
+    if first.startswith(b"PK\x03\x04"):
+        return ": this is no safetensors file, but a ZIP archive, as torch.save writes"
+    if first.isascii() and first.decode().isprintable():
+        return f": this is no safetensors file, but perhaps text; it begins with {first.decode()!r}"
+    return ""
 
 
 def _parse(raw: bytes, key: str, size_bytes: int) -> ShardFile:

@@ -22,6 +22,8 @@ def emit(text: str) -> None:
         StreamloadError: stdout cannot be written to.
     """
     out = sys.stdout
+    if out is None:  # it was closed before this program began
+        raise streamload.StreamloadError("stdout is closed")
     encoding = out.encoding or "utf-8"
     # A name that the terminal cannot show is no reason to show nothing.
     shown = text.encode(encoding, "backslashreplace").decode(encoding)
@@ -42,6 +44,8 @@ def emit_json(result: dict[str, Any]) -> None:
 
 def flush() -> None:
     """Write out what somebody else has put into stdout's buffer."""
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -93,7 +97,9 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), file=sys.stderr, flush=True)
+            # Line by line: a traceback has several.
+            text = "\n".join(map(printable, self.format(record).split("\n")))
+            print(text, file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 

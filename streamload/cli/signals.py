@@ -84,7 +84,7 @@ class Signals:
                 raise Stopped
             self._call()
         elif now - self._at_s >= _SAME_S:
-            if sys.stderr.isatty():
+            if sys.stderr is not None and sys.stderr.isatty():
                 # The progress bar has hidden it, and will not come to show it again.
                 os.write(sys.stderr.fileno(), _SHOW_CURSOR.encode())
             os._exit(128 + self.number)

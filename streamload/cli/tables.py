@@ -21,7 +21,7 @@ _LEAST_FOLDED = 20
 
 def terminal_width() -> int | None:
     """How many columns stdout's terminal has; None where stdout is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
 
 
 def table(

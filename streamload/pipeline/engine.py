@@ -26,12 +26,23 @@ _live: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """A uvloop; where it cannot be imported, asyncio's own."""
+    """A uvloop; where it cannot be imported or would not survive, asyncio's own."""
+    if not all(map(_is_open, range(3))):
+        # A new descriptor would take a standard stream's number, and libuv ends the process when it closes such a one.
+        return asyncio.new_event_loop()
     try:
         import uvloop
     except ImportError:
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 class Engine:

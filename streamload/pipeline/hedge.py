@@ -74,8 +74,8 @@ class Hedger:
     """Reads from a source; where that takes too long, once more beside it, into memory of its own.
 
     Whichever is whole first counts. The other one is cancelled and waited for before the read ends: nothing writes any
-    more when this returns or raises. A second try that fails changes nothing. Where there is no credit for memory of its
-    own, the first one is given up instead and asked for again from the byte that it reached.
+    more when this returns or raises. A second try that fails changes nothing. Where there is no credit for memory of
+    its own, the first one is given up instead and asked for again from the byte that it reached.
 
     Args:
         source: Where the bytes come from.
@@ -123,9 +123,11 @@ class Hedger:
                     await asyncio.wait({first}, timeout=_LOOK_S)
                 elif loan.nbytes - loan.landed_bytes <= self._budget.spare_bytes:
                     tries += 1
-                    if await self._read_again(first, object, start + had, end, rest):
+                    won = await self._read_again(first, object, start + had, end, rest)
+                    if won:
                         return
-                    asked_s = self._clock()
+                    if won is False:
+                        asked_s = self._clock()
                 else:
                     tries += 1
                     await _end(first)
@@ -177,8 +179,12 @@ class Hedger:
 
     async def _read_again(
         self, first: asyncio.Task[None], object: SourceObject, start: int, end: int, loan: Loan
-    ) -> bool:
-        """Ask for what is still missing; whether that has filled the loan. Otherwise it is for the first read to do."""
+    ) -> bool | None:
+        """Ask for what is still missing.
+
+        Returns:
+            Whether that has filled the loan, otherwise it is for the first read to do; None where it is late, too.
+        """
         had = loan.landed_bytes
         nbytes = loan.nbytes - had
         budget, recorder = self._budget, self._recorder
@@ -199,7 +205,7 @@ class Hedger:
             while not (first.done() or second.done()):
                 left_s = self._left_s(asked_s, lent)
                 if left_s <= 0:
-                    break  # a second one may be late, too: it is given up, and there is a third
+                    return None  # it is given up, and there is a third
                 await asyncio.wait({first, second}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if first.done() and _failed(first):
                 await asyncio.wait({second})

@@ -304,7 +304,8 @@ def _place_of(uri: str) -> _Place:
         if arn is None:
             raise OptionError("this is not the ARN of an access point, with a prefix or key after it or not", uri=uri)
         bucket, path = arn["bucket"], arn["path"] or ""
-    if not bucket or "@" in bucket:
+    # Who writes user:password@bucket may mean it; it has no meaning here, and must not come as far as a message.
+    if not bucket or "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
         raise OptionError("an S3 URI is s3://bucket, s3://bucket/prefix or s3://bucket/key.safetensors", uri=uri)
     version_id, requester_pays = options.get("versionId"), "requestPayer" in options
     if path.endswith(".safetensors"):

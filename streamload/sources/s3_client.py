@@ -30,6 +30,7 @@ from streamload.sources.s3_errors import (
 )
 from streamload.sources.s3_signing import ServerClock, Signer, parse_date
 from streamload.sources.s3_wire import S3Wire
+from streamload.uris import scrub_uri
 from streamload.wire import Head, Lanes
 
 __all__ = ["Asked", "S3Client"]
@@ -368,7 +369,8 @@ def _end_circles(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> None:
 
 
 def _host_of(url: str) -> str:
-    return urlsplit(url).netloc.rpartition("@")[2]
+    # Scrubbed first: a password that nobody has escaped may hold what ends a host's name.
+    return urlsplit(scrub_uri(url)).netloc.rpartition("@")[2]
 
 
 class _AllServices(list[str]):
@@ -382,7 +384,7 @@ class _Models(Loader):  # type: ignore[misc]
     """What reads botocore's descriptions of the services."""
 
     def list_available_services(self, type_name: str) -> list[str]:
-        """Not looked for in some four hundred folders, twice, which takes 20 ms: S3 is there, or is missed when read."""
+        """Not looked for in four hundred folders, twice, which takes 20 ms: S3 is there, or is missed when read."""
         return _AllServices()
 
 

@@ -173,8 +173,8 @@ class S3Wire:
     async def _signed_head(self, target: _Target) -> str:
         """What all requests for an object have in common within a second: everything but range and version.
 
-        Those two are left out of the signature, as headers may be whose names do not begin with ``x-amz-`` (Amazon S3 API
-        reference, "Authenticating Requests: Using the Authorization Header"): to sign each range for itself took an
+        Those two are left out of the signature, as headers may be whose names do not begin with ``x-amz-`` (Amazon S3
+        API reference, "Authenticating Requests: Using the Authorization Header"): to sign each range for itself took an
         eighth of a load's time. That an answer is the range and version that were asked for is checked on the answer.
         """
         moment = await self._signer.moment()

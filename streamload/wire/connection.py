@@ -103,9 +103,9 @@ class Connection(asyncio.BufferedProtocol):
         """Whether another exchange can begin: nothing has come, or is about to be received, that nobody asked for."""
         if not self.idle:
             return False
-        # A system call lets other threads have the interpreter's lock, and getting it back takes a tenth of a millisecond
-        # where they are busy. Right after an answer there is nothing to see that the event loop has not seen: what a server
-        # says when it closes an idle connection, it says later.
+        # A system call lets other threads have the interpreter's lock, and getting it back takes a tenth of a
+        # millisecond where they are busy. Right after an answer there is nothing to see that the event loop has not
+        # seen: what a server says when it closes an idle connection, it says later.
         if self._loop.time() - self._heard_s < _FRESH_S:
             return True
         # Data or the connection's end that the event loop has not looked at yet; it would be taken for an answer.

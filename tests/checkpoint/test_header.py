@@ -263,3 +263,18 @@ def test_many_tensors() -> None:
     assert theirs is not None
     assert {t.name: (t.dtype, list(t.shape)) for t in found.tensors} == {k: v[:2] for k, v in theirs.items()}
     assert found.tensors[-1].end == len(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"PK\x03\x04\x14\x00\x08\x08" + bytes(20), "a ZIP archive, as torch.save writes"),
+        (b"<!DOCTYPE html><html></html>", "it begins with '<!DOCTYP'"),
+    ],
+)
+def test_what_is_no_safetensors_file_at_all_is_said_to_be_none(content: bytes, cause: str) -> None:
+    reader = HeaderReader(len(content), key="model.safetensors")
+    with pytest.raises(HeaderError, match="this is no safetensors file, but") as caught:
+        reader.feed(content)
+    assert cause in caught.value.cause

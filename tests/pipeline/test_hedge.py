@@ -329,17 +329,19 @@ def test_a_read_that_may_still_write_is_not_asked_for_again() -> None:
 
 def test_while_nothing_is_known_a_silent_read_is_late_and_one_that_brings_something_is_not() -> None:
     async def body() -> None:
-        for brings in (0, 1):
-            case = Case()
-            case.hedger._late_s = None
-            await case.begin(first_brings=brings, second=False)
-            if brings == 0:
-                await until(lambda: len(case.source.reads) == 2)
-            for _ in range(20):
-                await asyncio.sleep(0)
-            assert len(case.source.reads) == 2 - brings
-            case.source.reads[0].steps.put_nowait(1000)
-            await case.end()
+        await one(0, reads=2)
+        await one(1, reads=1)
+
+    async def one(brings: int, *, reads: int) -> None:
+        case = Case()
+        case.hedger._late_s = None
+        await case.begin(first_brings=brings, second=False)
+        await until(lambda: len(case.source.reads) == reads)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(case.source.reads) == reads
+        case.source.reads[0].steps.put_nowait(1000)
+        await case.end()
 
     run_on_each_loop(body)
 

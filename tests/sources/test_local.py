@@ -416,6 +416,29 @@ def test_only_regular_files_are_listed(tmp_path: Path, file: Path) -> None:
     run_on_each_loop(body)
 
 
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("model.safetensors.index.json", os.mkfifo),
+        ("model.safetensors.index.json", os.mkdir),
+        ("model-2.safetensors", os.mkfifo),
+    ],
+)
+def test_what_is_called_as_a_part_of_a_checkpoint_and_is_no_file(
+    tmp_path: Path, file: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    """To leave it out would make another checkpoint of this one."""
+    make(tmp_path / name)
+
+    async def body() -> None:
+        async with LocalSource(str(tmp_path)) as source:
+            with pytest.raises(SourceError, match="not a regular file") as caught:
+                await source.list()
+            assert caught.value.object == name
+
+    run_on_each_loop(body)
+
+
 def test_a_broken_link_is_an_error_that_names_it(tmp_path: Path, file: Path) -> None:
     (tmp_path / "model-2.safetensors").symlink_to(tmp_path / "gone")
 

@@ -198,7 +198,7 @@ def test_a_cancelled_call_waits_for_its_coroutine() -> None:
                 await asyncio.Event().wait()
             finally:
                 cleaning.set()
-                while not may_end.is_set():  # noqa: ASYNC110 -- set on another loop's thread
+                while not may_end.is_set():
                     try:
                         await asyncio.sleep(0)
                     except asyncio.CancelledError:

@@ -170,10 +170,10 @@ def test_all_connections_stall(load: Callable[..., tuple[Report, FaultProxy]], m
     defaults = S3Source.__init__.__kwdefaults__
     assert defaults is not None
     monkeypatch.setitem(defaults, "read_timeout_s", 0.3)
-    stalled = range(HEADER + 1, HEADER + 9)
+    stalled = range(HEADER + 1, HEADER + 1 + S3Source.concurrency)
     report, proxy = load(at(*stalled, fault=Fault("stall", 5000)))
-    assert proxy.spoiled == 8
-    assert report.retries == 8
+    assert proxy.spoiled == S3Source.concurrency
+    assert report.retries == S3Source.concurrency
 
 
 def test_a_server_that_asks_for_less(load: Callable[..., tuple[Report, FaultProxy]]) -> None:
@@ -182,7 +182,7 @@ def test_a_server_that_asks_for_less(load: Callable[..., tuple[Report, FaultProx
     report, proxy = load(at(*range(HEADER + 3, HEADER + 10), fault=Fault(instead=answer)))
     assert proxy.spoiled == 7
     assert report.retries == 7
-    assert report.concurrency < 8
+    assert report.concurrency < S3Source.concurrency
 
 
 def test_a_bit_that_flips_is_found(bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

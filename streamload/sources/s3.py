@@ -83,8 +83,9 @@ class S3Source(Source):
     request_cost_bytes: ClassVar[int] = 1 << 20
     # S3's own advice is ranges of 8 to 16 MB; the smaller ones share the work out more evenly and retry less.
     read_bytes: ClassVar[int] = 8 << 20
-    # What a link of 10 Gbit/s takes at about 90 MB/s a connection; where more bring more, there will be more.
-    concurrency: ClassVar[int] = 16
+    # What a link of 5 Gbit/s takes at about 90 MB/s a connection; where more bring more, there will be more. A link
+    # that is full with so many sees twice as many connections at most, while that is tried.
+    concurrency: ClassVar[int] = 8
     # What a link of 50 Gbit/s takes.
     most_concurrency: ClassVar[int | None] = 64
     hedged: ClassVar[bool] = True

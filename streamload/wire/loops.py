@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
@@ -32,6 +33,7 @@ class LoopThread:
         self._home = asyncio.get_running_loop()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
+        self._closing = False
         self._started = threading.Event()
         self._stop: asyncio.Event
         self._ended = asyncio.Event()
@@ -57,18 +59,19 @@ class LoopThread:
         """
         loop = self._loop
         assert loop is not None
+        # What is sent after the thread was told to stop might never begin, and never end.
+        if self._closing:
+            raise ClosedError("the connections were closed")
         call = _Call(make, self._home)
-        try:
-            loop.call_soon_threadsafe(call.begin, loop)
-        except RuntimeError:  # the loop is closed
-            raise ClosedError("the connections were closed") from None
+        loop.call_soon_threadsafe(call.begin, loop)
         cancelled: asyncio.CancelledError | None = None
         while not call.ended:
             try:
                 await call.changed()
             except asyncio.CancelledError as error:
                 cancelled = error
-                if not call.ended:
+                # A closed loop means that the coroutine has ended, and the news of it is on the way.
+                with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(call.cancel)
         if cancelled is not None:
             raise cancelled
@@ -79,11 +82,9 @@ class LoopThread:
 
         Cancelled while it waits, the thread ends all the same.
         """
-        if self._loop is not None:
-            try:
-                self._loop.call_soon_threadsafe(self._stop.set)
-            except RuntimeError:  # the loop is closed already
-                pass
+        if not self._closing and self._loop is not None:
+            self._closing = True
+            self._loop.call_soon_threadsafe(self._stop.set)
         await self._ended.wait()
         # The thread has only its last instructions before it.
         self._thread.join()

@@ -4,7 +4,7 @@ from streamload.checkpoint.catalog import build_catalog, select, shard_keys
 from streamload.checkpoint.dtypes import DTYPE_BITS
 from streamload.checkpoint.header import MAX_HEADER_BYTES, HeaderReader, parse_header
 from streamload.checkpoint.index import MAX_INDEX_BYTES, Index, choose_index, parse_index
-from streamload.checkpoint.tensors import Catalog, ShardFile, TensorInfo
+from streamload.checkpoint.tensors import Catalog, ShardFile, Stripe, TensorInfo
 
 __all__ = [
     "DTYPE_BITS",
@@ -14,6 +14,7 @@ __all__ = [
     "HeaderReader",
     "Index",
     "ShardFile",
+    "Stripe",
     "TensorInfo",
     "build_catalog",
     "choose_index",

@@ -267,9 +267,10 @@ class Pipeline:
             recorder.stop("read")
         recorder.reads += 1
         recorder.landed(read.nbytes - loan.landed_bytes)  # of a source that tells nothing before the end
-        recorder.fetched_bytes += read.nbytes
-        recorder.arrived_bytes += read.nbytes - read.gap_bytes
-        recorder.event("read", lane, started_s, object=object.key, start=read.start, end=read.end, nbytes=read.nbytes)
+        recorder.fetched_bytes += read.fetched_bytes
+        recorder.arrived_bytes += read.piece_bytes
+        nbytes = read.fetched_bytes
+        recorder.event("read", lane, started_s, object=object.key, start=read.start, end=read.end, nbytes=nbytes)
         sink.landed(open_batch.lease, read, loan)
 
     async def _deliver(self, open_batch: _OpenBatch) -> None:

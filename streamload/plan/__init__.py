@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from streamload.plan.placement import Absent, Experts, PackedShard, Placement, Ranks, Replicate, Shard
 from streamload.plan.planner import LEAST_READ_BYTES, plan_reads
-from streamload.plan.reads import Batch, Piece, Plan, Read
+from streamload.plan.reads import Batch, Piece, Pieces, Plan, Read
 from streamload.plan.slices import Uneven, slice_tensor
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Experts",
     "PackedShard",
     "Piece",
+    "Pieces",
     "Placement",
     "Plan",
     "Ranks",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from streamload.errors import ObjectChangedError, TruncatedReadError
 
-__all__ = ["OpenFile", "ReadJob", "version_of"]
+__all__ = ["SKIPPED_GAP_BYTES", "OpenFile", "ReadJob", "version_of"]
 
 # Linux refuses more views in one call (IOV_MAX in limits.h).
 _MAX_VIEWS = 1024
@@ -16,6 +16,9 @@ _MAX_VIEWS = 1024
 # A cancelled read waits for the call that is under way, so one call must be short: 80 ms on a disk of 100 MB/s. Not
 # shorter, because the thread waits for its turn with the interpreter after each.
 _MAX_CALL_BYTES = 8 << 20
+
+#: Gaps wider than this are passed over; `LocalSource.skipped_gap_bytes` says why.
+SKIPPED_GAP_BYTES = 4096
 
 # Without O_NONBLOCK, opening what has become a FIFO since it was listed would wait for a writer; files ignore it.
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -95,17 +98,26 @@ class OpenFile:
 class ReadJob:
     """One read: fills views, in order, from a file.
 
+    Args:
+        file: Where to read.
+        views: What to fill.
+        offset: Where in the file the first view's bytes are.
+        gaps: For each view, whether nobody needs it; wide ones are passed over. None: all are needed.
+
     Attributes:
         stop: Set by the loop's thread to end the read between two calls.
         filled: How many bytes are in place.
         calls: How many times the kernel was asked to read.
     """
 
-    __slots__ = ("_file", "_offset", "_views", "calls", "filled", "stop")
+    __slots__ = ("_file", "_gaps", "_offset", "_views", "calls", "filled", "stop")
 
-    def __init__(self, file: OpenFile, views: Sequence[memoryview], offset: int) -> None:
+    def __init__(
+        self, file: OpenFile, views: Sequence[memoryview], offset: int, gaps: Sequence[bool] | None = None
+    ) -> None:
         self._file = file
         self._views = views
+        self._gaps = gaps
         self._offset = offset
         self.stop = False
         self.filled = 0
@@ -119,7 +131,7 @@ class ReadJob:
             return error
         try:
             self._file.check(fd)
-            complete = self._fill(fd)
+            complete = self._fill(fd, self._views) if self._gaps is None else self._fill_around(fd, self._gaps)
             self._check_again(fd)
         except OSError as error:
             return error
@@ -137,9 +149,43 @@ class ReadJob:
             self.filled = 0
             raise
 
-    def _fill(self, fd: int) -> bool:
-        """Fill the views; False where it was stopped, or the file ended."""
+    def _fill_around(self, fd: int, gaps: Sequence[bool]) -> bool:
+        """Fill the views that are needed; False where it was stopped, or the file ended."""
         views = self._views
+        count = len(views)
+        passed = [gap and view.nbytes > SKIPPED_GAP_BYTES for gap, view in zip(gaps, views, strict=True)]
+        if any(passed):
+            # Where the kernel sees no sequence it reads nothing ahead, and the thread would wait for the disk at each
+            # range. What is in the page cache already is looked up for this, in a hundredth of the time that it takes.
+            nbytes = sum(view.nbytes for view in views)
+            os.posix_fadvise(fd, self._offset, nbytes, os.POSIX_FADV_WILLNEED)
+        first = 0
+        while first < count:
+            if passed[first]:
+                self.filled += views[first].nbytes
+                first += 1
+                continue
+            last = first + 1
+            while last < count and not passed[last]:
+                last += 1
+            # A single view, as of each row of a matrix, without the detours of the general case.
+            view = views[first]
+            if last == first + 1 and view.nbytes <= _MAX_CALL_BYTES:
+                if self.stop:
+                    return False
+                got = os.preadv(fd, (view,), self._offset + self.filled)
+                self.calls += 1
+                self.filled += got
+                complete = got == view.nbytes or (got > 0 and self._fill(fd, (view[got:],)))
+            else:
+                complete = self._fill(fd, views[first:last])
+            if not complete:
+                return False
+            first = last
+        return True
+
+    def _fill(self, fd: int, views: Sequence[memoryview]) -> bool:
+        """Fill these views; False where it was stopped, or the file ended."""
         first = 0  # the first view that is not full
         inside = 0  # how much of it is
         while first < len(views):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 
 from streamload._version import __version__
-from streamload.checkpoint import Catalog, ShardFile, TensorInfo
+from streamload.checkpoint import Catalog, ShardFile, Stripe, TensorInfo
 from streamload.diagnosis import Diagnosis, Finding, doctor
 from streamload.errors import (
     AccessError,
@@ -42,10 +42,23 @@ from streamload.errors import (
     UnsupportedDtypeError,
 )
 from streamload.events import Event, Progress
-from streamload.inspection import Inspection, inspect
+from streamload.inspection import Inspection, RankPlan, inspect
 from streamload.loader import AsyncStream, Stream, load, open, stream
 from streamload.options import LoadOptions, Options
-from streamload.plan import Batch, Piece, Plan, Read
+from streamload.plan import (
+    Absent,
+    Batch,
+    Experts,
+    PackedShard,
+    Piece,
+    Placement,
+    Placements,
+    Plan,
+    Ranks,
+    Read,
+    Replicate,
+    Shard,
+)
 from streamload.report import Report
 from streamload.trace import Trace
 
@@ -53,6 +66,7 @@ from streamload.trace import Trace
 logging.getLogger("streamload").addHandler(logging.NullHandler())
 
 __all__ = [
+    "Absent",
     "AccessError",
     "AsyncStream",
     "Batch",
@@ -65,6 +79,7 @@ __all__ = [
     "DeviceError",
     "Diagnosis",
     "Event",
+    "Experts",
     "Finding",
     "HeaderError",
     "IndexFileError",
@@ -76,15 +91,23 @@ __all__ = [
     "ObjectChangedError",
     "OptionError",
     "Options",
+    "PackedShard",
     "Piece",
+    "Placement",
+    "Placements",
     "Plan",
     "Progress",
+    "RankPlan",
+    "Ranks",
     "Read",
+    "Replicate",
     "Report",
+    "Shard",
     "ShardFile",
     "SourceError",
     "Stream",
     "StreamloadError",
+    "Stripe",
     "TensorInfo",
     "Trace",
     "TransientError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamload.plan.placement import Absent, Experts, PackedShard, Placement, Ranks, Replicate, Shard
+from streamload.plan.placements import Placements
 from streamload.plan.planner import LEAST_READ_BYTES, plan_reads
 from streamload.plan.reads import Batch, Piece, Pieces, Plan, Read
 from streamload.plan.slices import Uneven, slice_tensor
@@ -16,6 +17,7 @@ __all__ = [
     "Piece",
     "Pieces",
     "Placement",
+    "Placements",
     "Plan",
     "Ranks",
     "Read",

@@ -19,7 +19,7 @@ from streamload.sources.base import Source, SourceObject
 from streamload.sources.keys import check_key
 from streamload.sources.operations import Operations
 from streamload.sources.os_errors import translate_os_error
-from streamload.sources.positional import SKIPPED_GAP_BYTES, OpenFile, ReadJob, version_of
+from streamload.sources.positional import SKIPPED_GAP_BYTES, OpenFile, ReadAhead, ReadJob, version_of
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
 __all__ = ["LocalSource"]
@@ -82,6 +82,7 @@ class LocalSource(Source):
         self._grace_s = grace_s
         self._threads = DaemonExecutor(_THREADS if concurrency is None else concurrency)
         self._operations = Operations()
+        self._ahead = ReadAhead()
         self._files: dict[tuple[str, str], OpenFile] = {}
         self._root: str | None = None
         self._hanging = 0
@@ -115,7 +116,9 @@ class LocalSource(Source):
             )
         async with self._operations.running():
             root = self._root if self._root is not None else await self._find_root()
-            job = ReadJob(self._open(root, object), loan.views, start, loan.gaps)
+            file = self._open(root, object)
+            self._ahead.ask(file, start, end - start, gaps=loan.gaps is not None)
+            job = ReadJob(file, loan.views, start, loan.gaps, self._ahead)
             try:
                 error = await self._run(job, loan)
             finally:

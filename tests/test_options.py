@@ -137,6 +137,11 @@ class TestResolve:
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
             "STREAMLOAD_PROGRESS": "1",
+            "STREAMLOAD_RANK": "5",
+            "STREAMLOAD_WORLD_SIZE": "8",
+            "STREAMLOAD_PIPELINE_PARALLEL": "2",
+            "STREAMLOAD_EXPERT_PARALLEL": "on",
+            "STREAMLOAD_UNEVEN": "ceil",
             "STREAMLOAD_SOMETHING_ELSE": "ignored",
         }
         assert _resolve(environment) == LoadOptions(
@@ -151,9 +156,15 @@ class TestResolve:
             deadline_s=2.5,
             verify="off",
             progress=True,
+            rank=5,
+            world_size=8,
+            pipeline_parallel=2,
+            expert_parallel=True,
+            uneven="ceil",
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"
+        assert origins.pop("placements") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
 
     def test_what_is_given_goes_before_the_environment(self) -> None:

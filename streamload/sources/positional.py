@@ -114,7 +114,8 @@ class ReadAhead:
 
     def ask(self, file: OpenFile, start: int, nbytes: int, *, gaps: bool) -> None:
         """Name a range that will be read, and whether only parts of it will."""
-        follows = self._ends.get(file) == start
+        # About: the first tensor begins a header behind the file's beginning, and some are left out.
+        follows = abs(start - self._ends.get(file, 0)) <= 2 * _LEAST_AHEAD_BYTES
         self._ends[file] = start + nbytes
         if nbytes >= _LEAST_AHEAD_BYTES and (gaps or not follows):
             self._ranges.append((file, start, nbytes))

@@ -143,7 +143,7 @@ class LoadOptions:
             # A single world size would be mistaken for one of the three.
             given = "world_size" if self.world_size is not None else ""
             given = "pipeline_parallel" if self.pipeline_parallel > 1 else given
-            given = "expert_parallel" if self.expert_parallel else given
+            given = "expert_parallel" if self.expert_parallel is True else given
             given = "placements" if self.rank is None and self.placements != "auto" else given
             if given:
                 raise OptionError(

@@ -40,7 +40,7 @@ __all__ = ["Discovered", "ask_checksums", "discover", "read_config"]
 # whole), and on an object store so much costs hardly more than a byte.
 _FIRST_READ_BYTES = 256 << 10
 
-CONFIG_KEY = "config.json"
+_CONFIG_KEY = "config.json"
 # A model's config is a few kilobytes; what is larger is something else.
 _MAX_CONFIG_BYTES = 4 << 20
 
@@ -153,21 +153,21 @@ async def read_config(fetcher: Fetcher, recorder: Recorder) -> dict[str, object]
         SourceError: The source's.
     """
     try:
-        object = await fetcher.ask(lambda: fetcher.source.stat(CONFIG_KEY), key=CONFIG_KEY)
+        object = await fetcher.ask(lambda: fetcher.source.stat(_CONFIG_KEY), key=_CONFIG_KEY)
     except NotFoundError as error:
         raise CheckpointError(
             "placements='auto' takes the kind of model from config.json, and there is none beside the weights",
-            object=CONFIG_KEY,
+            object=_CONFIG_KEY,
         ) from error
     if object.size_bytes > _MAX_CONFIG_BYTES:
-        raise CheckpointError(f"config.json has {object.size_bytes} bytes: it is no model's config", object=CONFIG_KEY)
+        raise CheckpointError(f"config.json has {object.size_bytes} bytes: it is no model's config", object=_CONFIG_KEY)
     content = await _read_bytes(fetcher, recorder, object, 0, object.size_bytes)
     try:
         config = json.loads(content)
     except ValueError as error:
-        raise CheckpointError(f"config.json is not valid JSON: {error}", object=CONFIG_KEY) from error
+        raise CheckpointError(f"config.json is not valid JSON: {error}", object=_CONFIG_KEY) from error
     if not isinstance(config, dict):
-        raise CheckpointError("config.json is no JSON object", object=CONFIG_KEY)
+        raise CheckpointError("config.json is no JSON object", object=_CONFIG_KEY)
     return config
 
 

@@ -31,10 +31,12 @@ from streamload.errors import (
     HeaderError,
     IndexFileError,
     MemoryLimitError,
+    MismatchError,
     MissingDependencyError,
     NotFoundError,
     ObjectChangedError,
     OptionError,
+    PeerError,
     SourceError,
     StreamloadError,
     TransientError,
@@ -43,7 +45,7 @@ from streamload.errors import (
 )
 from streamload.events import Event, Progress
 from streamload.inspection import Inspection, inspect
-from streamload.loader import AsyncStream, Stream, load, open, stream
+from streamload.loader import AsyncStream, Stream, load, load_into, open, stream
 from streamload.options import LoadOptions, Options
 from streamload.plan import Batch, Piece, Plan, Read
 from streamload.report import Report
@@ -71,11 +73,13 @@ __all__ = [
     "Inspection",
     "LoadOptions",
     "MemoryLimitError",
+    "MismatchError",
     "MissingDependencyError",
     "NotFoundError",
     "ObjectChangedError",
     "OptionError",
     "Options",
+    "PeerError",
     "Piece",
     "Plan",
     "Progress",
@@ -94,6 +98,7 @@ __all__ = [
     "doctor",
     "inspect",
     "load",
+    "load_into",
     "open",
     "stream",
 ]

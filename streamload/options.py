@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
+from streamload.checkpoint.rank_files import check_pattern
 from streamload.errors import OptionError
 from streamload.events import OnEvent, OnProgress
 from streamload.host import host_limits
@@ -54,6 +55,13 @@ class LoadOptions:
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
+        rank: Which rank this is, among those that share each layer, counted from 0; ``"auto"``: what torchrun says in
+            ``RANK`` and ``WORLD_SIZE``. Where the checkpoint is pre-sharded, only this rank's files are read.
+        world_size: How many such ranks there are.
+        pp_rank: Which pipeline stage this is, counted from 0.
+        pp_size: How many stages there are.
+        pattern: The names of a pre-sharded checkpoint's files, over the fields ``rank``, ``tp_rank``, ``pp_rank`` and
+            ``part``. None: vLLM's, and where no file is called so the checkpoint is an ordinary one.
     """
 
     device: str = "cpu"
@@ -69,6 +77,11 @@ class LoadOptions:
     verify: Verify = "auto"
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
+    rank: int | Literal["auto"] | None = None
+    world_size: int | None = None
+    pp_rank: int | None = None
+    pp_size: int | None = None
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
@@ -100,6 +113,15 @@ class LoadOptions:
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
         _check(self.on_event is None or callable(self.on_event), "on_event", self.on_event, "a callable")
+        if self.rank != "auto":
+            _check_rank("rank", self.rank, "world_size", self.world_size)
+        _check_rank("pp_rank", self.pp_rank, "pp_size", self.pp_size)
+        if self.pattern is not None:
+            _check(isinstance(self.pattern, str), "pattern", self.pattern, "the name of a file, with fields in braces")
+            check_pattern(self.pattern, pp_size=self.pp_size)
+        for name in ("pp_rank", "pattern"):
+            if getattr(self, name) is not None and self.rank is None:
+                raise OptionError(f"{name}={getattr(self, name)!r} is given, but no rank")
 
 
 class Options(TypedDict, total=False):
@@ -118,6 +140,11 @@ class Options(TypedDict, total=False):
     verify: Verify
     progress: bool | OnProgress
     on_event: OnEvent | None
+    rank: int | Literal["auto"] | None
+    world_size: int | None
+    pp_rank: int | None
+    pp_size: int | None
+    pattern: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +197,10 @@ def resolve(
     origins.update(dict.fromkeys(given, "argument"))
     if values.get("memory_bytes") is None:
         values["memory_bytes"], origins["memory_bytes"] = _default_memory(environment)
+    if values.get("rank") == "auto":
+        values["rank"] = _rank_variable(environment, "RANK")
+        if values.get("world_size") is None:
+            values["world_size"] = _rank_variable(environment, "WORLD_SIZE")
     options = LoadOptions(**values)
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
@@ -193,6 +224,14 @@ def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:
     nbytes = max(_MEMORY_LEAST, min(_MEMORY_DEFAULT_MOST, share))
     available = format_bytes(limits.available_bytes)
     return nbytes, f"default (of {available} that the {limits.bound_by} leaves, {text} ranks on this node)"
+
+
+def _rank_variable(environment: Mapping[str, str], name: str) -> int:
+    """What torchrun says about this process."""
+    text = environment.get(name)
+    if text is None or not text.isdecimal():
+        raise OptionError(f"rank='auto' takes {name} as torchrun sets it, and it is {text!r}")
+    return int(text)
 
 
 def _parse_flag(text: str) -> bool:
@@ -248,6 +287,13 @@ def _check(holds: bool, name: str, value: object, expected: str) -> None:
 def _check_positive(name: str, value: object, expected: str) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     _check(number and 0 < cast("float", value) < float("inf"), name, value, expected)
+
+
+def _check_rank(name: str, rank: object, size_name: str, size: object) -> None:
+    if size is not None:
+        _check_integer(size_name, size, 1)
+    if rank is not None:
+        _check_integer(name, rank, 0, None if size is None else cast("int", size) - 1)
 
 
 def _check_integer(name: str, value: object, least: int, most: int | None = None) -> None:

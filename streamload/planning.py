@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamload.checkpoint import select
+from streamload.checkpoint import Catalog, select
 from streamload.options import LoadOptions
-from streamload.pipeline.discover import ask_checksums, discover
+from streamload.pipeline.discover import Discovered, RankChoice, ask_checksums, discover
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.verify import Verifier
 from streamload.plan import LEAST_READ_BYTES, Plan, plan_reads
@@ -45,7 +46,13 @@ class PlannedLoad:
     most_concurrency: int
 
 
-async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, options: LoadOptions) -> PlannedLoad:
+async def plan_load(
+    source: Source,
+    fetcher: Fetcher,
+    recorder: Recorder,
+    options: LoadOptions,
+    accept: Callable[[Catalog], Catalog] | None = None,
+) -> PlannedLoad:
     """Read the headers and decide what else to read.
 
     Args:
@@ -53,6 +60,7 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
         fetcher: Asks that source.
         recorder: Told of it.
         options: The load's.
+        accept: Given the tensors that the options choose, says which of them are read; what it raises ends the load.
 
     Raises:
         CheckpointError: The files do not make a checkpoint.
@@ -62,8 +70,17 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
     read_bytes, concurrency, most_concurrency = effective_reads(source, options)
     verify = options.verify != "off"
     everything = not (options.include or options.exclude)
-    found = await discover(fetcher, recorder, most_concurrency, keep_headers=verify, checksums=verify and everything)
-    catalog = select(found.catalog, options.include, options.exclude)
+    found = await discover(
+        fetcher,
+        recorder,
+        most_concurrency,
+        keep_headers=verify,
+        checksums=verify and everything,
+        rank=_rank_choice(options),
+    )
+    catalog = _choose_tensors(found, options)
+    if accept is not None:
+        catalog = accept(catalog)
     checksums = found.checksums
     if verify and not everything:
         # Only those that are read whole can be compared.
@@ -74,6 +91,21 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
     verifier = Verifier(plan, checksums, found.headers, recorder, off=not verify)
     return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency)
+
+
+def _choose_tensors(found: Discovered, options: LoadOptions) -> Catalog:
+    """Of all that was found, what this load wants.
+
+    A pre-sharded checkpoint holds this rank's tensors already; of an ordinary one, whole tensors are wanted.
+    """
+    return select(found.catalog, options.include, options.exclude)
+
+
+def _rank_choice(options: LoadOptions) -> RankChoice | None:
+    if options.rank is None:
+        return None
+    assert options.rank != "auto", "the options were not resolved"
+    return RankChoice(options.rank, options.world_size, options.pp_rank or 0, options.pp_size, options.pattern)
 
 
 def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ A pattern is text with fields in braces: ``rank`` and ``tp_rank`` are both the r
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
@@ -107,7 +108,7 @@ def files_for(pattern: str, keys: Iterable[str], *, rank: int, pp_rank: int = 0)
             raise CheckpointError(f"part {part} of rank {rank} is there twice: {brief(sorted([parts[part], key]))}")
         parts[part] = key
     numbers = sorted(parts)
-    for number, following in zip(numbers, numbers[1:], strict=False):
+    for number, following in itertools.pairwise(numbers):
         if following != number + 1:
             raise CheckpointError(
                 f"part {number + 1} of rank {rank} is missing: there is {brief(parts[number])}, "

@@ -18,6 +18,7 @@ from streamload.checkpoint import (
     parse_index,
     shard_keys,
 )
+from streamload.checkpoint.rank_files import choose_rank_files, without_rank_files
 from streamload.checksums import Checksum, PartChecksums
 from streamload.errors import IndexFileError, NotFoundError, ObjectChangedError, SourceError, TransientError
 from streamload.loan import Loan
@@ -26,7 +27,7 @@ from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["Discovered", "ask_checksums", "discover"]
+__all__ = ["Discovered", "RankChoice", "ask_checksums", "discover"]
 
 # The first read of a file. Nearly all headers are shorter (the Hub's own client reads 100 kB and finds 97 % of them
 # whole), and on an object store so much costs hardly more than a byte.
@@ -34,6 +35,25 @@ _FIRST_READ_BYTES = 256 << 10
 
 # Headers beyond this are read and parsed one at a time: parsed, a header takes many times its size.
 _LARGE_HEADER_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """Whose files are wanted where a checkpoint is pre-sharded; the options of these names.
+
+    Attributes:
+        rank: Counted from 0.
+        world_size: How many ranks share each layer; None: not known.
+        pp_rank: The pipeline stage, counted from 0.
+        pp_size: How many stages there are; None: not known.
+        pattern: The files' names; None: the usual ones, and the checkpoint may be an ordinary one.
+    """
+
+    rank: int
+    world_size: int | None = None
+    pp_rank: int = 0
+    pp_size: int | None = None
+    pattern: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +65,24 @@ class Discovered:
         objects: The shard files as the source knows them, by key.
         headers: Their headers, the eight bytes of length included, by key; empty where they were not to be kept.
         checksums: What `ask_checksums` found, by key; empty where it was not to ask.
+        presharded: Whether these are one rank's files of a pre-sharded checkpoint.
     """
 
     catalog: Catalog
     objects: dict[str, SourceObject]
     headers: dict[str, bytes]
     checksums: dict[str, Checksum | PartChecksums | str]
+    presharded: bool = False
 
 
 async def discover(
-    fetcher: Fetcher, recorder: Recorder, concurrency: int, *, keep_headers: bool, checksums: bool
+    fetcher: Fetcher,
+    recorder: Recorder,
+    concurrency: int,
+    *,
+    keep_headers: bool,
+    checksums: bool,
+    rank: RankChoice | None = None,
 ) -> Discovered:
     """Learn which tensors there are.
 
@@ -64,6 +92,7 @@ async def discover(
         concurrency: How many requests are made at once.
         keep_headers: Whether the headers' bytes are wanted, to sum them up.
         checksums: Whether to ask for all objects' checksums at the same time.
+        rank: Whose files are wanted where the checkpoint is pre-sharded; it counts as pre-sharded where there are any.
 
     Raises:
         CheckpointError: The files do not make a checkpoint.
@@ -72,8 +101,11 @@ async def discover(
     started_s = recorder.now()
     with recorder.stage("list"):
         listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
-        index = await _read_index(fetcher, recorder, listed)
-        keys = shard_keys(tuple(listed), index)
+        keys = None if rank is None else _rank_keys(tuple(listed), rank)
+        presharded = keys is not None
+        index = None if presharded else await _read_index(fetcher, recorder, listed)
+        if keys is None:
+            keys = shard_keys(tuple(listed) if index is not None else without_rank_files(tuple(listed)), index)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     recorder.event("list", "engine", started_s, detail=f"{len(listed)} objects, {len(objects)} shard files")
 
@@ -94,6 +126,7 @@ async def discover(
         objects=objects,
         headers={file.key: header for file, header in found} if keep_headers else {},
         checksums=asking.result(),
+        presharded=presharded,
     )
 
 
@@ -131,6 +164,17 @@ async def ask_checksums(
     async with asyncio.TaskGroup() as group:
         tasks = {object.key: group.create_task(ask(object)) for object in objects}
     return {key: task.result() for key, task in tasks.items()}
+
+
+def _rank_keys(keys: tuple[str, ...], rank: RankChoice) -> tuple[str, ...] | None:
+    return choose_rank_files(
+        keys,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        pp_rank=rank.pp_rank,
+        pp_size=rank.pp_size,
+        pattern=rank.pattern,
+    )
 
 
 async def _read_index(fetcher: Fetcher, recorder: Recorder, listed: dict[str, SourceObject]) -> Index | None:

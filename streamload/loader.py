@@ -159,7 +159,7 @@ def load_into(
     Warns:
         UserWarning: A checkpoint's tensor is smaller than the one that it fills, which keeps its content beyond it.
     """
-    others = join_peers() if peers and options.get("rank") is not None else None
+    others = join_peers() if peers and _has_rank(options) else None
     try:
         into = _Into(model, uri, options, cast=cast, ignore_unexpected=ignore_unexpected)
         if others is not None:
@@ -178,6 +178,14 @@ def load_into(
         if others is not None:
             others.close()
     return report
+
+
+def _has_rank(options: Options) -> bool:
+    """Whether this is one rank's load, though its options may be wrong: then it is the one that fails."""
+    try:
+        return _resolve(options).rank is not None
+    except StreamloadError:
+        return options.get("rank") is not None
 
 
 def _resolve(options: Options) -> LoadOptions:

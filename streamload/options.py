@@ -243,7 +243,7 @@ def _parse_flag(text: str) -> bool:
     raise ValueError("neither true nor false")
 
 
-def _parse_concurrency(text: str) -> Concurrency:
+def _parse_number_or_auto(text: str) -> int | Literal["auto"]:
     return "auto" if text.strip() == "auto" else int(text)
 
 
@@ -258,12 +258,17 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "memory_bytes": parse_bytes,
     "strict_memory": _parse_flag,
     "read_bytes": parse_bytes,
-    "concurrency": _parse_concurrency,
+    "concurrency": _parse_number_or_auto,
     "max_bytes_per_s": parse_bytes,
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
     "progress": _parse_flag,
+    "rank": _parse_number_or_auto,
+    "world_size": int,
+    "pp_rank": int,
+    "pp_size": int,
+    "pattern": str,
 }
 
 

@@ -137,6 +137,11 @@ class TestResolve:
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
             "STREAMLOAD_PROGRESS": "1",
+            "STREAMLOAD_RANK": "3",
+            "STREAMLOAD_WORLD_SIZE": "4",
+            "STREAMLOAD_PP_RANK": "0",
+            "STREAMLOAD_PP_SIZE": "2",
+            "STREAMLOAD_PATTERN": "{pp_rank}-{rank}",
             "STREAMLOAD_SOMETHING_ELSE": "ignored",
         }
         assert _resolve(environment) == LoadOptions(
@@ -151,6 +156,11 @@ class TestResolve:
             deadline_s=2.5,
             verify="off",
             progress=True,
+            rank=3,
+            world_size=4,
+            pp_rank=0,
+            pp_size=2,
+            pattern="{pp_rank}-{rank}",
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"

@@ -47,8 +47,23 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
-    group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
+    group = _group(parser, "which rank's files, of a pre-sharded checkpoint")
+    group.add_argument(
+        "--rank",
+        type=_number_or_auto,
+        metavar="N",
+        help="the rank, from 0; auto: RANK and WORLD_SIZE, as torchrun sets them",
+    )
+    group.add_argument("--world-size", type=int, metavar="N", help="how many ranks there are")
+    group.add_argument("--pp-rank", type=int, metavar="N", help="the pipeline stage, from 0")
+    group.add_argument("--pp-size", type=int, metavar="N", help="how many pipeline stages there are")
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="the files' names, over {rank}, {tp_rank}, {pp_rank} and {part}; vLLM's if not given",
+    )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +102,7 @@ def _nbytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _concurrency(text: str) -> int | Literal["auto"]:
+def _number_or_auto(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:

@@ -19,6 +19,7 @@ _EXAMPLES = """\
 examples:
   streamload inspect /models/llama
   streamload inspect s3://models/llama --include 'model.layers.0.*' --plan
+  streamload inspect s3://models/llama-tp8 --rank 3 --world-size 8
   streamload inspect s3://models/llama --json | jq .dtypes"""
 
 

@@ -50,7 +50,7 @@ class _Layout:
 
 
 class ParametersLease(Lease):
-    """A batch's targets, and the memory in which it arrives."""
+    """A batch's targets, and the memory in which it arrives; it keeps both."""
 
     __slots__ = ("memory", "region", "scratch", "starts", "targets")
 
@@ -167,7 +167,7 @@ class ParametersSink(Sink[ParametersLease]):
     def failed(self, lease: ParametersLease, read: Read, loan: Loan) -> None:
         scratch = lease.scratch.pop(loan, None)
         if loan.quarantined:
-            keep(scratch, lease.region, *lease.memory.values())
+            keep(scratch, lease.region, *(target.tensor for target in lease.targets))
             self._quarantined_bytes += loan.nbytes
 
     def abandon(self, lease: ParametersLease) -> None:
@@ -194,11 +194,8 @@ class ParametersSink(Sink[ParametersLease]):
 
 
 def _memory_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's own memory; it keeps the tensor's."""
-    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
-    # ctypes does not know whose memory it is.
-    array.owner = tensor  # type: ignore[attr-defined]
-    return memoryview(array).cast("B")
+    """A contiguous CPU tensor's own memory. It does not keep it: an error's traceback knows loans and their views."""
+    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _staged(tensor: TensorInfo, region: memoryview, start: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Memory", "covering", "extent"]
+__all__ = ["Extent", "Memory", "covering", "extent"]
 
 Extent: TypeAlias = "tuple[torch.device, int, int]"
 

@@ -115,7 +115,7 @@ class ParametersSink(Sink[ParametersLease]):
     memory is then kept until the process ends, though its tensor may be garbage.
 
     Args:
-        find: Where a tensor goes. Asked once when a batch's credit is counted, and once when it is begun.
+        find: Where a tensor goes.
         memory_bytes: The load's memory limit; how much address space the pool sets aside at a time.
         congruence_bytes: What is staged is placed congruently to its place in the file modulo this power of two, where
             that leaves it aligned.
@@ -130,16 +130,18 @@ class ParametersSink(Sink[ParametersLease]):
         self._congruence_bytes = congruence_bytes
         self._pool = HostPool(memory_bytes)
         self._quarantined_bytes = 0
+        self._layout: _Layout | None = None
 
     def check(self, catalog: Catalog) -> None:
         check_dtypes(catalog)
 
     def credit_bytes(self, batch: Batch) -> int:
-        staged_bytes = round_to_pages(_Layout(batch, self._find, self._congruence_bytes).staged_bytes)
+        staged_bytes = round_to_pages(self._lay_out(batch).staged_bytes)
         return staged_bytes + sum(round_to_pages(read.gap_bytes) for read in batch.reads)
 
     def begin(self, batch: Batch, spare_bytes: int) -> ParametersLease:
-        layout = _Layout(batch, self._find, self._congruence_bytes)
+        layout = self._lay_out(batch)
+        self._layout = None
         region = self._take(layout.staged_bytes, batch)
         self._pool.trim(spare_bytes)
         return ParametersLease(layout, region)
@@ -181,7 +183,14 @@ class ParametersSink(Sink[ParametersLease]):
         return self._quarantined_bytes
 
     async def aclose(self) -> None:
+        self._layout = None
         self._pool.close()
+
+    def _lay_out(self, batch: Batch) -> _Layout:
+        # Credit is asked for and the batch begun right after each other, as a rule.
+        if self._layout is None or self._layout.batch is not batch:
+            self._layout = _Layout(batch, self._find, self._congruence_bytes)
+        return self._layout
 
     def _take(self, nbytes: int, batch: Batch) -> memoryview:
         if not nbytes:

@@ -17,8 +17,8 @@ Extent: TypeAlias = "tuple[torch.device, int, int]"
 def extent(tensor: torch.Tensor) -> Extent:
     """Where a tensor lies: its device, the address of its first byte, and that behind its last one."""
     start = tensor.data_ptr()
-    if not tensor.numel():
-        return tensor.device, start, start
+    if tensor.is_contiguous():
+        return tensor.device, start, start + tensor.nbytes
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.device, start, start + (last + 1) * tensor.element_size()
 
@@ -46,7 +46,8 @@ def covering(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for places in by_device.values():
         # Whatever can cover a tensor comes before it; of those, the one that reaches furthest covers it if any does.
         reached = 0
-        for _, negative_end, scattered, name in sorted(places):
+        places.sort()
+        for _, negative_end, scattered, name in places:
             if -negative_end > reached:
                 kept.add(name)
                 if not scattered:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streamload.checkpoint import Catalog, ShardFile, TensorInfo
 from streamload.checkpoint.text import brief
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Target", "Targets"]
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """The memory that one tensor of the checkpoint goes into.
 
     Attributes:
@@ -134,8 +133,10 @@ class Targets:
         return chosen
 
     def _check_names(self, found: Mapping[str, TensorInfo], filled: Iterable[torch.Tensor]) -> None:
-        memory = Memory(filled)
-        missing = [name for name, tensor in self._tensors.items() if name not in found and not memory.holds(tensor)]
+        missing = [name for name in self._tensors if name not in found]
+        if missing:
+            memory = Memory(filled)
+            missing = [name for name in missing if not memory.holds(self._tensors[name])]
         unexpected = [] if self._ignore_unexpected else [name for name in found if name not in self._tensors]
         problems = []
         if missing:
@@ -152,6 +153,8 @@ class Targets:
         for file in chosen.files:
             for tensor in file.tensors:
                 target, shape = self._tensors[tensor.name], torch_shape(tensor)
+                if target.shape == shape:
+                    continue
                 fits = len(shape) == target.ndim
                 if not fits or any(length > room for length, room in zip(shape, target.shape, strict=True)):
                     how = "is larger than" if fits else "has not as many dimensions as"
@@ -183,7 +186,7 @@ def _tensors_of(model: object) -> dict[str, torch.Tensor]:
     for name, tensor in model.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise OptionError(f"what is to be filled holds {name!r}: {type(tensor).__name__}, not a tensor by its name")
-    return {name: tensor.detach() for name, tensor in model.items()}
+    return {name: _detached(tensor) for name, tensor in model.items()}
 
 
 def _state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -200,8 +203,13 @@ def _state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
                 f"the module's state_dict gives {name!r}, which is none of its parameters and buffers: "
                 "give the tensors that are to be filled, by their names"
             )
-        tensors[name] = value.detach()
+        tensors[name] = _detached(value)
     return tensors
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, without a gradient."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _check_fillable(name: str, tensor: Any) -> None:

@@ -160,6 +160,7 @@ def load_into(
         UserWarning: A checkpoint's tensor is smaller than the one that it fills, which keeps its content beyond it.
     """
     others = join_peers() if peers and _has_rank(options) else None
+    into: _Into | None = None
     try:
         into = _Into(model, uri, options, cast=cast, ignore_unexpected=ignore_unexpected)
         if others is not None:
@@ -171,8 +172,11 @@ def load_into(
     except BaseException as error:
         if isinstance(error, StreamloadError):
             error.locate(uri=scrub_uri(os.fspath(uri)))
+        # First of all, and the cause alone: this rank's tensors are no matter of the others'.
         if others is not None:
             others.failed(error)
+        if into is not None:
+            into.say_undefined(error)
         raise
     finally:
         if others is not None:
@@ -360,18 +364,14 @@ class _Into:
         Raises:
             StreamloadError: The load's.
         """
-        try:
-            with Stream(self.load) as stream:
-                self.load.start()
-                self.load.opened.result()
-                if self._targets.narrowed:
-                    shown = "; ".join(self._targets.narrowed)
-                    warnings.warn(f"smaller than what they fill, which keeps the rest: {shown}", stacklevel=3)
-                for _ in stream:
-                    pass
-        except BaseException as error:
-            self._say_undefined(error)
-            raise
+        with Stream(self.load) as stream:
+            self.load.start()
+            self.load.opened.result()
+            if self._targets.narrowed:
+                shown = "; ".join(self._targets.narrowed)
+                warnings.warn(f"smaller than what they fill, which keeps the rest: {shown}", stacklevel=3)
+            for _ in stream:
+                pass
         return stream.report
 
     def _make_sink(
@@ -380,7 +380,8 @@ class _Into:
         self._sink = ParametersSink(self._targets.find, memory_bytes, congruence_bytes=congruence_bytes)
         return self._sink
 
-    def _say_undefined(self, error: BaseException) -> None:
+    def say_undefined(self, error: BaseException) -> None:
+        """The load has failed: where something may have been written, have the error say so."""
         if self._sink is None or not self._sink.touched:
             return
         remark = "the content of the tensors that were to be filled is now undefined"

@@ -231,6 +231,7 @@ def test_a_trained_module_goes_on_training(tmp_path: Path) -> None:
         (torch.zeros(3, device="meta"), "on the meta device"),
         (torch.zeros(1).expand(3), "is expanded"),
         (torch.zeros(3).to_sparse(), "is not a dense tensor"),
+        (nn.UninitializedParameter(), "has no shape"),
     ],
 )
 def test_what_has_no_memory_to_fill_is_refused(tmp_path: Path, target: torch.Tensor, problem: str) -> None:
@@ -490,9 +491,30 @@ def test_ended_by_another_rank_at_any_operation_nothing_writes_any_more(
     source.release()
     assert peers.told == [caught.value]
     assert caught.value.uri == "memory://"
+    assert (UNDEFINED in str(caught.value)) is (k > BEFORE_READING)
     assert source.closed
     assert source.running == 0
     assert bits(into) == after
+
+
+def test_where_another_rank_fails_at_the_end_the_content_does_not_count(
+    serve: Callable[[Source], Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(FakePeers):
+        def finish(self, timeout_s: float | None) -> None:
+            assert timeout_s is not None
+            assert 0 < timeout_s < 1000
+            raise PeerError("rank 1 failed: late")
+
+    source = FaultSource(MemorySource(CONTENT))
+    source.blocked.set_result(None)
+    serve(source)
+    peers = Late(source)
+    monkeypatch.setattr(peers, "when_failed", lambda call: None)
+    monkeypatch.setattr("streamload.loader.join_peers", lambda: peers)
+    with pytest.raises(PeerError, match=f"rank 1 failed: late; {UNDEFINED}") as caught:
+        streamload.load_into(targets(), "memory://", rank=0, deadline_s=1000, **SMALL)
+    assert peers.told == [caught.value]
 
 
 def test_an_operation_that_fails_once_is_made_again(serve: Callable[[Source], Source]) -> None:

@@ -186,7 +186,7 @@ def _tensors_of(model: object) -> dict[str, torch.Tensor]:
     for name, tensor in model.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise OptionError(f"what is to be filled holds {name!r}: {type(tensor).__name__}, not a tensor by its name")
-    return {name: _detached(tensor) for name, tensor in model.items()}
+    return {name: _detached(name, tensor) for name, tensor in model.items()}
 
 
 def _state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -203,12 +203,16 @@ def _state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
                 f"the module's state_dict gives {name!r}, which is none of its parameters and buffers: "
                 "give the tensors that are to be filled, by their names"
             )
-        tensors[name] = _detached(value)
+        tensors[name] = _detached(name, value)
     return tensors
 
 
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
+def _detached(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The same memory, without a gradient."""
+    from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+    if isinstance(tensor, UninitializedBuffer | UninitializedParameter):
+        raise OptionError(f"{name!r} cannot be loaded into: it has no shape before its module was first called")
     return tensor.detach() if tensor.requires_grad else tensor
 
 

@@ -30,6 +30,7 @@ from streamload.errors import (
     DeviceError,
     HeaderError,
     IndexFileError,
+    ManifestError,
     MemoryLimitError,
     MissingDependencyError,
     NotFoundError,
@@ -47,6 +48,7 @@ from streamload.loader import AsyncStream, Stream, load, open, stream
 from streamload.options import LoadOptions, Options
 from streamload.plan import Batch, Piece, Plan, Read
 from streamload.report import Report
+from streamload.saving import SavedShards, save_sharded
 from streamload.trace import Trace
 
 # Without it, Python prints warnings to stderr where nobody has configured logging.
@@ -70,6 +72,7 @@ __all__ = [
     "IndexFileError",
     "Inspection",
     "LoadOptions",
+    "ManifestError",
     "MemoryLimitError",
     "MissingDependencyError",
     "NotFoundError",
@@ -81,6 +84,7 @@ __all__ = [
     "Progress",
     "Read",
     "Report",
+    "SavedShards",
     "ShardFile",
     "SourceError",
     "Stream",
@@ -95,5 +99,6 @@ __all__ = [
     "inspect",
     "load",
     "open",
+    "save_sharded",
     "stream",
 ]

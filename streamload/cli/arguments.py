@@ -65,7 +65,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--order", choices=("completion", "file"), help="hand tensors out as they are complete, or as they lie in files"
     )
     group.add_argument(
-        "--verify", choices=("auto", "off"), help="check content against the checksums that the source keeps, or do not"
+        "--verify",
+        choices=("auto", "off", "require"),
+        help="check content against a manifest and the source's checksums, do not, or fail where something has neither",
     )
 
 

@@ -45,11 +45,13 @@ from streamload.errors import (
 from streamload.events import Event, Progress
 from streamload.inspection import Inspection, inspect
 from streamload.loader import AsyncStream, Stream, load, open, stream
+from streamload.manifesting import WrittenManifest, write_manifest
 from streamload.options import LoadOptions, Options
 from streamload.plan import Batch, Piece, Plan, Read
 from streamload.report import Report
 from streamload.saving import SavedShards, save_sharded
 from streamload.trace import Trace
+from streamload.verification import BadBlock, FileVerification, Verification, verify
 
 # Without it, Python prints warnings to stderr where nobody has configured logging.
 logging.getLogger("streamload").addHandler(logging.NullHandler())
@@ -57,6 +59,7 @@ logging.getLogger("streamload").addHandler(logging.NullHandler())
 __all__ = [
     "AccessError",
     "AsyncStream",
+    "BadBlock",
     "Batch",
     "Catalog",
     "CheckpointError",
@@ -67,6 +70,7 @@ __all__ = [
     "DeviceError",
     "Diagnosis",
     "Event",
+    "FileVerification",
     "Finding",
     "HeaderError",
     "IndexFileError",
@@ -94,6 +98,8 @@ __all__ = [
     "TransientError",
     "TruncatedReadError",
     "UnsupportedDtypeError",
+    "Verification",
+    "WrittenManifest",
     "__version__",
     "doctor",
     "inspect",
@@ -101,4 +107,6 @@ __all__ = [
     "open",
     "save_sharded",
     "stream",
+    "verify",
+    "write_manifest",
 ]

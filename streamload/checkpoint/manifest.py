@@ -12,7 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Final, NamedTuple, cast
 
 from streamload.checkpoint.index import SHARD_SUFFIX
 from streamload.checkpoint.strict_json import InvalidJson, RepeatingObject, decode_object
@@ -40,7 +40,7 @@ __all__ = [
 MANIFEST_NAME = "streamload-manifest.json"
 """What the manifest of a whole checkpoint is called."""
 
-MANIFEST_ALGORITHM = "CRC64NVME"
+MANIFEST_ALGORITHM: Final = "CRC64NVME"
 """How blocks are summed up: what S3 keeps of whole objects, so that the blocks' sums can be combined to it."""
 
 BLOCK_BYTES = 1 << 20
@@ -53,6 +53,7 @@ checkpoints several times over."""
 _FORMAT = "streamload-manifest"
 _VERSION = 1
 _LEAST_BLOCK_BYTES = 4096
+_LENGTH_BYTES = 8
 _CHECKSUM_BYTES = 8
 _MAX_SIZE = 2**63 - 1
 
@@ -317,7 +318,7 @@ def _file(key: str, entry: object, block_bytes: int, manifest: str) -> ManifestF
     what = f"file {brief(key)}"
     fields = _object(entry, what)
     size_bytes = _integer(fields, "size_bytes", what, 0)
-    header_bytes = _integer(fields, "header_bytes", what, 0, size_bytes)
+    header_bytes = _integer(fields, "header_bytes", what, _LENGTH_BYTES, size_bytes)
     header = _checksums(fields.get("header"), 1, f"the header's checksum of {what}")
     tensors = [
         _tensor(name, tensor, block_bytes, what)

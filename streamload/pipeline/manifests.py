@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from streamload.checkpoint import MAX_MANIFEST_BYTES, ManifestFile, manifest_names, parse_manifest
 from streamload.errors import ManifestError, SourceError, TransientError
@@ -13,7 +12,7 @@ from streamload.pipeline.fetch import Fetcher
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["find_manifests"]
+__all__ = ["find_manifests", "is_one_file", "read_manifests"]
 
 
 async def find_manifests(
@@ -34,27 +33,47 @@ async def find_manifests(
         ManifestError: A manifest is none.
         SourceError: It cannot be read.
     """
-    keys = list(keys)
-    if not fetcher.source.companions:
-        return {}
     names = {key: manifest_names(key) for key in keys}
-    wanted = dict.fromkeys(name for candidates in names.values() for name in candidates)
-    there = {name: listed[name] for name in wanted if name in listed}
-    if _is_one_file(fetcher.source.uri, listed):
-        there = await _look_for(fetcher, wanted)
-    async with asyncio.TaskGroup() as group:
-        reading = {name: group.create_task(_read(fetcher, recorder, object)) for name, object in there.items()}
-    found = {name: task.result() for name, task in reading.items()}
+    found = await read_manifests(fetcher, recorder, listed, (name for these in names.values() for name in these))
     said: dict[str, ManifestFile] = {}
     for key, candidates in names.items():
         for name in candidates:
             if key in found.get(name, {}):
-                said[key] = replace(found[name][key], manifest=name)
+                said[key] = found[name][key]
                 break
     return said
 
 
-def _is_one_file(uri: str, listed: Mapping[str, SourceObject]) -> bool:
+async def read_manifests(
+    fetcher: Fetcher, recorder: Recorder, listed: Mapping[str, SourceObject], names: Iterable[str]
+) -> dict[str, dict[str, ManifestFile]]:
+    """Read manifests.
+
+    Args:
+        fetcher: Asks the source.
+        recorder: Told of the bytes that it takes.
+        listed: What lies in the checkpoint's folder.
+        names: What they may be called.
+
+    Returns:
+        For each that is there, what it says by the files' keys.
+
+    Raises:
+        ManifestError: It is none.
+        SourceError: It cannot be read.
+    """
+    if not fetcher.source.companions:
+        return {}
+    wanted = dict.fromkeys(names)
+    there = {name: listed[name] for name in wanted if name in listed}
+    if is_one_file(fetcher.source.uri, listed):
+        there = await _look_for(fetcher, wanted)
+    async with asyncio.TaskGroup() as group:
+        reading = {name: group.create_task(_read(fetcher, recorder, object)) for name, object in there.items()}
+    return {name: task.result() for name, task in reading.items()}
+
+
+def is_one_file(uri: str, listed: Mapping[str, SourceObject]) -> bool:
     """Whether the URI names a file: then what lies beside it was not listed."""
     return len(listed) == 1 and uri.partition("?")[0].endswith(".safetensors")
 

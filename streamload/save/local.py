@@ -32,6 +32,8 @@ _THREAD_EXIT_S = 1.0
 
 # Some mounts know no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+# And some cannot make a folder's entries durable by themselves.
+_NO_SYNC = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 
 class LocalDestination(Destination):
@@ -216,7 +218,9 @@ def _sync_folder(path: str) -> None:
     """Make a rename durable, where the file system can."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):
-            os.fsync(fd)
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(fd)

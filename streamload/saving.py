@@ -99,7 +99,8 @@ def save_sharded(
     names = names_of_rank(rank=rank, world_size=world_size, pp_size=pp_size, pp_rank=pp_rank, pattern=pattern)
     name = os.fspath(uri)
     limit = memory_limit(memory_bytes)
-    destination = destination_for(name, limit)
+    # Half of it for copies of tensors, half for parts of objects: neither waits for the other.
+    destination = destination_for(name, limit // 2)
     tensors = {str(key): local_tensor(str(key), value) for key, value in _state_of(model).items()}
     kept = without_shared_memory(tensors)
     _wait_for_devices(kept)
@@ -107,7 +108,7 @@ def save_sharded(
     async def save() -> SavedShards:
         async with destination:
             written = await write_sharded(
-                destination, names, kept, max_file_bytes=max_file_bytes, manifest=manifest, memory_bytes=limit
+                destination, names, kept, max_file_bytes=max_file_bytes, manifest=manifest, memory_bytes=limit // 2
             )
         return SavedShards(
             uri=destination.uri,

@@ -23,7 +23,7 @@ from streamload.checkpoint import (
 from streamload.checksums import RunningChecksum
 from streamload.errors import StreamloadError
 from streamload.save.base import Destination, NewFile
-from streamload.save.tensors import describe, pieces
+from streamload.save.tensors import Pieces, describe
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ async def write_sharded(
         tensors: What to write; as `local_tensor` returns them, without shared memory.
         max_file_bytes: See `split`.
         manifest: Whether to write one.
-        memory_bytes: The limit on copies of tensors that are on their way.
+        memory_bytes: The limit on pieces of tensors that are copied; each file that is being written has one.
 
     Raises:
         StreamloadError: It failed.
@@ -109,8 +109,7 @@ async def write_sharded(
         for part, entries in enumerate(split([describe(name, t) for name, t in tensors.items()], max_file_bytes))
     ]
     there = await destination.prepare(lambda name: names.is_mine(name) or name == names.manifest)
-    # A piece that is copied, beside the one that the destination still writes.
-    at_once = max(1, min(destination.concurrency, memory_bytes // (2 * _PIECE_BYTES)))
+    at_once = _files_at_once(destination, memory_bytes)
     begun: list[NewFile] = []
     threads = DaemonExecutor(at_once, name="streamload-save")
     try:
@@ -136,6 +135,10 @@ async def write_sharded(
         if threads.join(0.0 if not threads.ended.done() else 1.0):
             ended.cancel()
     return Written(tuple(file for _, file in layouts), names.manifest if manifest else None)
+
+
+def _files_at_once(destination: Destination, memory_bytes: int) -> int:
+    return max(1, min(destination.concurrency, memory_bytes // _PIECE_BYTES))
 
 
 async def _write_all(
@@ -174,11 +177,12 @@ async def _write_file(
     of_header = RunningChecksum("CRC64NVME")
     of_header.add(memoryview(header))
     await file.write(memoryview(header))
+    pieces = Pieces(_PIECE_BYTES)
     said: list[ManifestTensor] = []
     for tensor in layout.tensors:
         blocks = BlockMap([(0, tensor.nbytes)]).pieces(0, tensor.nbytes)
         running = RunningChecksum("CRC64NVME", (block.end for block in blocks))
-        coming = pieces(tensors[tensor.name], _PIECE_BYTES)
+        coming = pieces.of(tensors[tensor.name])
         while (piece := await _next(threads, coming, running)) is not None:
             await file.write(piece)
         sums = b"".join(value.to_bytes(8, "big") for _, value in running.sums()) if tensor.nbytes else b""

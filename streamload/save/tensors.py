@@ -13,7 +13,7 @@ from streamload.sinks.dtypes import torch_dtypes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["describe", "local_tensor", "pieces"]
+__all__ = ["Pieces", "describe", "local_tensor"]
 
 
 def local_tensor(name: str, value: Any) -> torch.Tensor:
@@ -53,45 +53,65 @@ def describe(name: str, tensor: torch.Tensor) -> Entry:
     raise UnsupportedDtypeError(f"tensor {name!r} has dtype {tensor.dtype}, which the safetensors format does not have")
 
 
-def pieces(tensor: torch.Tensor, piece_bytes: int) -> Iterator[memoryview]:
-    """The bytes of a tensor in row-major order.
+class Pieces:
+    """Shows the bytes of tensors in row-major order, a piece at a time.
 
-    A tensor that is contiguous and lies on the host is shown as it is; of any other one, a piece at a time is copied.
+    A tensor that is contiguous and lies on the host is shown as it is; of any other one, a piece at a time is copied
+    into memory that is used again for the next.
 
     Args:
-        tensor: As `local_tensor` returns it.
-        piece_bytes: No piece is longer, except for a single element.
-
-    Yields:
-        Views. Each is good for as long as it is referred to, and the tensor does not change.
+        piece_bytes: No piece is longer; at least an element's size.
     """
-    if not tensor.numel():
-        return
-    # As plain integers of the same size: not every dtype can be copied on every device.
-    integers = tensor.view(_integers(tensor.element_size()))
-    yield from _pieces(integers.view(-1) if integers.is_contiguous() else integers, piece_bytes)
+
+    def __init__(self, piece_bytes: int) -> None:
+        self._piece_bytes = piece_bytes
+        self._memory: torch.Tensor | None = None
+
+    def of(self, tensor: torch.Tensor) -> Iterator[memoryview]:
+        """A tensor's pieces.
+
+        Args:
+            tensor: As `local_tensor` returns it.
+
+        Yields:
+            Views. Each is good until the next one is asked for, and while the tensor lives and does not change.
+        """
+        if not tensor.numel():
+            return
+        # As plain integers of the same size: not every dtype can be copied on every device.
+        integers = tensor.view(_integers(tensor.element_size()))
+        if not integers.is_contiguous() or integers.device.type != "cpu":
+            yield from map(self._copied, self._rows(integers))
+            return
+        for start in range(0, tensor.nbytes, self._piece_bytes):
+            yield _view(tensor.data_ptr() + start, min(self._piece_bytes, tensor.nbytes - start))
+
+    def _rows(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Cut a tensor along its first dimensions into parts that are no longer than a piece."""
+        if tensor.nbytes <= self._piece_bytes:
+            yield tensor
+            return
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        if row_bytes > self._piece_bytes:
+            for row in tensor:
+                yield from self._rows(row)
+            return
+        rows = self._piece_bytes // row_bytes
+        for first in range(0, tensor.shape[0], rows):
+            yield tensor[first : first + rows]
+
+    def _copied(self, tensor: torch.Tensor) -> memoryview:
+        import torch
+
+        if self._memory is None:
+            self._memory = torch.empty(self._piece_bytes, dtype=torch.uint8)
+        self._memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return _view(self._memory.data_ptr(), tensor.nbytes)
 
 
-def _pieces(tensor: torch.Tensor, piece_bytes: int) -> Iterator[memoryview]:
-    nbytes = tensor.numel() * tensor.element_size()
-    if nbytes <= piece_bytes or not tensor.dim():
-        yield _view(tensor.contiguous().cpu(), nbytes)
-        return
-    row_bytes = nbytes // tensor.shape[0]
-    if row_bytes > piece_bytes:
-        for row in tensor:
-            yield from _pieces(row, piece_bytes)
-        return
-    rows = piece_bytes // row_bytes
-    for first in range(0, tensor.shape[0], rows):
-        part = tensor[first : first + rows]
-        yield _view(part.contiguous().cpu(), part.numel() * part.element_size())
-
-
-def _view(tensor: torch.Tensor, nbytes: int) -> memoryview:
-    memory = (ctypes.c_char * nbytes).from_address(tensor.data_ptr())
-    memory.tensor = tensor  # type: ignore[attr-defined]  # what the view refers to keeps the memory
-    return memoryview(memory).cast("B")
+def _view(address: int, nbytes: int) -> memoryview:
+    """Memory that a tensor keeps: torch has no buffers of Python's, and numpy need not be there."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def _integers(size: int) -> torch.dtype:

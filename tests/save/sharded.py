@@ -41,7 +41,7 @@ def read_folder(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch
     """What safetensors reads from a folder's files."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob(pattern)):
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 assert name not in found
                 found[name] = file.get_tensor(name)
@@ -63,7 +63,7 @@ def load_as_vllm(folder: Path, rank: int, model: Mapping[str, torch.Tensor]) -> 
     assert paths
     missing = dict(model)
     for path in paths:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 missing.pop(name).copy_(file.get_tensor(name))
     assert not missing

@@ -62,18 +62,22 @@ def test_every_tensor_is_there_bit_for_bit(tmp_path: Path, max_file_bytes: int |
     assert all(same_tensor(found[name], tensor.detach().resolve_conj()) for name, tensor in tensors.items())
 
 
+class _Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Linear(8, 8)
+        self.two = torch.nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.register_buffer("view", self.one.weight.detach()[2:4])
+
+
 def test_a_module_and_its_shared_memory(tmp_path: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    model[1].weight = model[0].weight
-    model.register_buffer("view", model[0].weight.detach()[2:4])
+    model = _Tied()
     saved = streamload.save_sharded(model, tmp_path, rank=1, world_size=2)
     assert saved.tensors == 3
-    expected = without_shared_memory(model.state_dict())
-    check_folder(tmp_path, expected)
+    check_folder(tmp_path, without_shared_memory(model.state_dict()))
 
-    restored = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-    restored[1].weight = restored[0].weight
-    restored.register_buffer("view", restored[0].weight.detach()[2:4])
+    restored = _Tied()
     load_as_vllm(tmp_path, 1, without_shared_memory(restored.state_dict()))
     for name, tensor in model.state_dict().items():
         assert torch.equal(restored.state_dict()[name], tensor)

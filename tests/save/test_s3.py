@@ -12,10 +12,11 @@ import torch
 
 import streamload
 from streamload.errors import AccessError, ChecksumError, SourceError, TransientError
+from streamload.pipeline.engine import Engine
 from streamload.pipeline.policy import RetryPolicy
 from streamload.pipeline.verify import BY_MANIFEST
 from streamload.sources.s3_client import S3Client
-from tests.save.sharded import MIB, cancelling, check_folder, state, threads_of_ours
+from tests.save.sharded import MIB, check_folder, state, threads_of_ours
 from tests.servers import S3Bucket
 
 FIRST = "m/model-rank-0-part-0.safetensors"
@@ -127,12 +128,14 @@ def test_memory_is_bounded(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch)
             under_way.discard(id(arguments["Body"]))
 
     monkeypatch.setattr(S3Client, "call", counted)
-    tensors = {f"t{number}": torch.ones(4 * MIB) for number in range(3)}
-    streamload.save_sharded(tensors, f"{s3_bucket.uri}/m", max_file_bytes=MIB, memory_bytes=16 * MIB)
-    assert max(most) <= 2
-    most.clear()
-    streamload.save_sharded(tensors, f"{s3_bucket.uri}/n", max_file_bytes=MIB, memory_bytes=MIB)
-    assert max(most) == 1
+    tensors = {f"t{number}": torch.ones(500_000) for number in range(3)}
+    for part_bytes, expected in [(500_000, 2), (1_500_000, 1)]:
+        monkeypatch.setattr("streamload.save.s3._PART_BYTES", part_bytes)
+        monkeypatch.setattr("streamload.save.s3._LEAST_PART_BYTES", 1)
+        monkeypatch.setattr("streamload.save.s3._MIB", 1)
+        streamload.save_sharded(tensors, f"{s3_bucket.uri}/m", max_file_bytes=MIB, memory_bytes=2 * MIB)
+        assert max(most) == expected
+        most.clear()
 
 
 def test_a_second_save_replaces_the_first_and_clears_up(s3_bucket: S3Bucket) -> None:
@@ -192,14 +195,13 @@ def test_a_save_that_is_cancelled_anywhere_leaves_nothing(s3_bucket: S3Bucket) -
     for at, operation in enumerate(operations, 1):
         with pytest.MonkeyPatch.context() as patch:
             tasks: list[Any] = []
-            cancelling(patch)
-            start = streamload.pipeline.engine.Engine.start
+            start = Engine.start
 
             def started(engine: Any, start: Any = start, tasks: list[Any] = tasks) -> None:
                 tasks.append(engine)
                 start(engine)
 
-            patch.setattr(streamload.pipeline.engine.Engine, "start", started)
+            patch.setattr(Engine, "start", started)
 
             def cancel(number: int, operation: str, after: bool, at: int = at, tasks: list[Any] = tasks) -> None:
                 if number == at and not after:

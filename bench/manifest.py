@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import streamload
+from streamload.options import Verify
 
 __all__ = ["main"]
 
@@ -38,12 +39,13 @@ def main() -> None:
 
 
 def _compare(uri: str, rounds: int) -> None:
-    seconds: dict[str, list[float]] = {"off": [], "require": []}
+    seconds: dict[Verify, list[float]] = {"off": [], "require": []}
     nbytes = 0
     for number in range(rounds + 1):
-        for verify in ("off", "require") if number % 2 else ("require", "off"):
+        order: tuple[Verify, ...] = ("off", "require") if number % 2 else ("require", "off")
+        for verify in order:
             began = time.perf_counter()
-            with streamload.stream(uri, verify=verify, memory_bytes=256 << 20) as stream:  # type: ignore[arg-type]
+            with streamload.stream(uri, verify=verify, memory_bytes=256 << 20) as stream:
                 for _ in stream:
                     pass
             if number:  # the first round warms up

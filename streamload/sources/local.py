@@ -210,14 +210,12 @@ def _list_folder(path: str) -> list[SourceObject]:
             raise NotFoundError(f"this is a link to a file that is not there ({error.strerror})", object=name) from None
         if stat.S_ISREG(status.st_mode):
             objects.append(_object(name, status))
-        elif name.endswith(".safetensors.index.json") or (name.endswith(".safetensors") and not _is_folder(status)):
+        elif name.endswith(".safetensors.index.json") or (
+            name.endswith(".safetensors") and not stat.S_ISDIR(status.st_mode)
+        ):
             # A folder may be called as it likes; what looks like a file and is none is somebody's mistake.
             raise SourceError("this is not a regular file", object=name)
     return objects
-
-
-def _is_folder(status: os.stat_result) -> bool:
-    return stat.S_ISDIR(status.st_mode)
 
 
 _stat = aiofiles.os.stat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
+from contextlib import AsyncExitStack
 from typing import NamedTuple
 
 from streamload.errors import ClosedError
@@ -85,8 +86,10 @@ class Lanes:
     async def aclose(self) -> None:
         """Close all connections and end the threads; what is under way fails. May be called twice."""
         self._closed = True
-        for lane in self._lanes:
-            await lane.aclose()
+        # All of them, whatever happens while one is closed: a cancellation must not leave a thread behind.
+        async with AsyncExitStack() as stack:
+            for lane in self._lanes:
+                stack.push_async_callback(lane.aclose)
 
     @property
     def connections(self) -> int:

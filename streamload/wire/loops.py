@@ -125,8 +125,12 @@ class _Call(Generic[T]):
     # On the thread
 
     def begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._task = loop.create_task(self._make())
+        self._task = loop.create_task(self._made())
         self._task.add_done_callback(self._tell)
+
+    async def _made(self) -> T:
+        # In here, so that failing to make it is its outcome, too, and is told.
+        return await self._make()
 
     def cancel(self) -> None:
         self._task.cancel()

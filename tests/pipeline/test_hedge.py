@@ -261,10 +261,11 @@ def test_without_credit_the_first_read_is_given_up_and_asked_for_again(telling: 
         had = before if telling else 0
         assert (again.start, again.end) == (had, 1000)
         assert case.source.writing == 1, "the first one has ended"
-        for reads in (3, 4):
-            case.now_s *= 10
-            await until(lambda: len(case.source.reads) == reads)  # noqa: B023 -- awaited here
-        case.now_s *= 10
+        case.now_s = 100.0
+        await until(lambda: len(case.source.reads) == 3)
+        case.now_s = 1000.0
+        await until(lambda: len(case.source.reads) == 4)
+        case.now_s = 10_000.0
         for _ in range(20):
             await asyncio.sleep(0)
         assert len(case.source.reads) == 4

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import pytest
 
@@ -220,6 +221,39 @@ def test_a_cancelled_call_waits_for_its_coroutine() -> None:
             assert ended
         finally:
             may_end.set()
+            await thread.aclose()
+
+    run_on_each_loop(body)
+
+
+def test_closing_that_is_cancelled_leaves_no_thread() -> None:
+    async def body() -> None:
+        hold = _Hold()
+        hold.go.set()
+        async with _laned(hold.script, hold.script) as (_, opened, where):
+            await asyncio.gather(*(opened.ask(where, REQUEST, Lent(40).place) for _ in range(2)))
+            assert _threads() == ["streamload-io-1"]
+            closing_them = asyncio.ensure_future(opened.aclose())
+            await asyncio.sleep(0)
+            closing_them.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing_them
+            await until(lambda: _threads() == [])
+
+    run_on_each_loop(body)
+
+
+def test_what_cannot_even_be_made_is_told() -> None:
+    async def body() -> None:
+        thread = LoopThread("streamload-io-test")
+
+        def refuse() -> Coroutine[Any, Any, None]:
+            raise MemoryError("no")
+
+        try:
+            with pytest.raises(MemoryError):
+                await thread.run(refuse)
+        finally:
             await thread.aclose()
 
     run_on_each_loop(body)

@@ -30,6 +30,7 @@ from streamload.errors import (
     DeviceError,
     HeaderError,
     IndexFileError,
+    ManifestError,
     MemoryLimitError,
     MissingDependencyError,
     NotFoundError,
@@ -44,10 +45,13 @@ from streamload.errors import (
 from streamload.events import Event, Progress
 from streamload.inspection import Inspection, inspect
 from streamload.loader import AsyncStream, Stream, load, open, stream
+from streamload.manifesting import WrittenManifest, write_manifest
 from streamload.options import LoadOptions, Options
 from streamload.plan import Batch, Piece, Plan, Read
 from streamload.report import Report
+from streamload.saving import SavedShards, save_sharded
 from streamload.trace import Trace
+from streamload.verification import BadBlock, FileVerification, Verification, verify
 
 # Without it, Python prints warnings to stderr where nobody has configured logging.
 logging.getLogger("streamload").addHandler(logging.NullHandler())
@@ -55,6 +59,7 @@ logging.getLogger("streamload").addHandler(logging.NullHandler())
 __all__ = [
     "AccessError",
     "AsyncStream",
+    "BadBlock",
     "Batch",
     "Catalog",
     "CheckpointError",
@@ -65,11 +70,13 @@ __all__ = [
     "DeviceError",
     "Diagnosis",
     "Event",
+    "FileVerification",
     "Finding",
     "HeaderError",
     "IndexFileError",
     "Inspection",
     "LoadOptions",
+    "ManifestError",
     "MemoryLimitError",
     "MissingDependencyError",
     "NotFoundError",
@@ -81,6 +88,7 @@ __all__ = [
     "Progress",
     "Read",
     "Report",
+    "SavedShards",
     "ShardFile",
     "SourceError",
     "Stream",
@@ -90,10 +98,15 @@ __all__ = [
     "TransientError",
     "TruncatedReadError",
     "UnsupportedDtypeError",
+    "Verification",
+    "WrittenManifest",
     "__version__",
     "doctor",
     "inspect",
     "load",
     "open",
+    "save_sharded",
     "stream",
+    "verify",
+    "write_manifest",
 ]

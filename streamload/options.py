@@ -17,7 +17,7 @@ from streamload.units import format_bytes, parse_bytes
 __all__ = ["Concurrency", "LoadOptions", "Options", "Order", "ResolvedOption", "Verify", "proxies", "resolve"]
 
 Order: TypeAlias = Literal["completion", "file"]
-Verify: TypeAlias = Literal["auto", "off"]
+Verify: TypeAlias = Literal["auto", "off", "require"]
 Concurrency: TypeAlias = "int | Literal['auto']"
 
 _PREFIX = "STREAMLOAD_"
@@ -50,7 +50,9 @@ class LoadOptions:
             so, whatever the link would bear: for those who share it. None: no limit.
         order: ``"completion"`` yields tensors as they are complete, ``"file"`` in the order of the files' bytes.
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
-        verify: ``"auto"`` checks content against the checksums that the source keeps; ``"off"`` does not.
+        verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
+            as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
+            ``"off"`` does not.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
@@ -92,7 +94,7 @@ class LoadOptions:
         if self.max_bytes_per_s is not None:
             _check_positive("max_bytes_per_s", self.max_bytes_per_s, "bytes a second above zero")
         _check(self.order in ("completion", "file"), "order", self.order, "'completion' or 'file'")
-        _check(self.verify in ("auto", "off"), "verify", self.verify, "'auto' or 'off'")
+        _check(self.verify in ("auto", "off", "require"), "verify", self.verify, "'auto', 'off' or 'require'")
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
         for name in ("strict_memory",):

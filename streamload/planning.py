@@ -55,7 +55,8 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
         options: The load's.
 
     Raises:
-        CheckpointError: The files do not make a checkpoint.
+        CheckpointError: The files do not make a checkpoint, or a manifest was written for others.
+        ChecksumError: What was read of a file is not what its manifest says, or cannot be verified and has to be.
         SourceError: The source's.
     """
     recorder.source = source.scheme
@@ -72,7 +73,15 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
         checksums = await ask_checksums(fetcher, whole, most_concurrency)
     plan = plan_reads(catalog, read_bytes=read_bytes, gap_bytes=source.request_cost_bytes)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
-    verifier = Verifier(plan, checksums, found.headers, recorder, off=not verify)
+    verifier = Verifier(
+        plan,
+        checksums,
+        found.headers,
+        recorder,
+        manifests=found.manifests,
+        off=not verify,
+        required=options.verify == "require",
+    )
     return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency)
 
 

@@ -8,7 +8,7 @@ from typing import Literal, cast
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_reading", "add_uri", "options_of"]
+__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_reading", "add_uri", "add_whole", "options_of"]
 
 EXIT_CODES = """\
 exit codes:
@@ -43,6 +43,17 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
     )
+    _add_reads(group)
+
+
+def add_whole(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a checkpoint is read of which all is read."""
+    group = _group(parser, "how it is read")
+    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_reads(group)
+
+
+def _add_reads(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--read-bytes", type=_nbytes, metavar="N", help="how large a read should be, such as 8MiB")
     group.add_argument(
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
@@ -65,7 +76,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--order", choices=("completion", "file"), help="hand tensors out as they are complete, or as they lie in files"
     )
     group.add_argument(
-        "--verify", choices=("auto", "off"), help="check content against the checksums that the source keeps, or do not"
+        "--verify",
+        choices=("auto", "off", "require"),
+        help="check content against a manifest and the source's checksums, do not, or fail where something has neither",
     )
 
 

@@ -46,6 +46,7 @@ class Source(ABC):
         hedged: Whether a read that is late should be asked for a second time.
         congruence_bytes: Reads are fastest into addresses that are congruent to the bytes' place in the object modulo
             this power of two; 1 where it makes no difference.
+        companions: Whether what lies beside an object, such as a manifest, is of the version that is read.
         requests: How many requests (or system calls that read) have been sent so far.
         paths: Bytes read so far by the way they came, where there is more than one.
     """
@@ -60,6 +61,7 @@ class Source(ABC):
 
     def __init__(self, uri: str) -> None:
         self.uri = scrub_uri(uri)
+        self.companions = True
         self.requests = 0
         self.paths: dict[str, int] = {}
 

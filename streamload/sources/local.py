@@ -22,7 +22,7 @@ from streamload.sources.os_errors import translate_os_error
 from streamload.sources.positional import OpenFile, ReadJob, version_of
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
-__all__ = ["LocalSource"]
+__all__ = ["LocalSource", "path_of"]
 
 T = TypeVar("T")
 
@@ -74,7 +74,7 @@ class LocalSource(Source):
 
     def __init__(self, uri: str, *, concurrency: int | None = None, grace_s: float = 5.0) -> None:
         super().__init__(uri)
-        self._path = _path_of(uri)
+        self._path = path_of(uri)
         self._grace_s = grace_s
         self._threads = DaemonExecutor(_THREADS if concurrency is None else concurrency)
         self._operations = Operations()
@@ -111,7 +111,8 @@ class LocalSource(Source):
             )
         async with self._operations.running():
             root = self._root if self._root is not None else await self._find_root()
-            job = ReadJob(self._open(root, object), loan.views, start)
+            # Summed up on the thread that reads, while the processor has the bytes at hand.
+            job = ReadJob(self._open(root, object), loan.views, start, loan.checksum)
             try:
                 error = await self._run(job, loan)
             finally:
@@ -226,7 +227,7 @@ def _object(key: str, status: os.stat_result) -> SourceObject:
     return SourceObject(key, status.st_size, version_of(status))
 
 
-def _path_of(uri: str) -> str:
+def path_of(uri: str) -> str:
     """The path that a URI, or a plain path, means."""
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme.lower() != "file":

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 
+from streamload.checksums import RunningChecksum
 from streamload.errors import ObjectChangedError, TruncatedReadError
 
 __all__ = ["OpenFile", "ReadJob", "version_of"]
@@ -95,15 +96,24 @@ class OpenFile:
 class ReadJob:
     """One read: fills views, in order, from a file.
 
+    Args:
+        file: The file.
+        views: The memory.
+        offset: Where in the file they begin.
+        checksum: Told of what is in place, piece by piece; None where nobody wants it summed up.
+
     Attributes:
         stop: Set by the loop's thread to end the read between two calls.
         filled: How many bytes are in place.
         calls: How many times the kernel was asked to read.
     """
 
-    __slots__ = ("_file", "_offset", "_views", "calls", "filled", "stop")
+    __slots__ = ("_checksum", "_file", "_offset", "_views", "calls", "filled", "stop")
 
-    def __init__(self, file: OpenFile, views: Sequence[memoryview], offset: int) -> None:
+    def __init__(
+        self, file: OpenFile, views: Sequence[memoryview], offset: int, checksum: RunningChecksum | None = None
+    ) -> None:
+        self._checksum = checksum
         self._file = file
         self._views = views
         self._offset = offset
@@ -152,10 +162,23 @@ class ReadJob:
                 return False
             self.filled += got
             inside += got
+            if self._checksum is not None:
+                _sum_up(self._checksum, batch, got)
             while first < len(views) and inside >= views[first].nbytes:
                 inside -= views[first].nbytes
                 first += 1
         return True
+
+
+def _sum_up(checksum: RunningChecksum, views: Sequence[memoryview], nbytes: int) -> None:
+    """Add the first so many bytes of some views."""
+    for view in views:
+        if nbytes < view.nbytes:
+            view = view[:nbytes]
+        checksum.add(view)
+        nbytes -= view.nbytes
+        if not nbytes:
+            return
 
 
 def _batch(views: Sequence[memoryview], first: int, inside: int) -> list[memoryview]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 
 from streamload._version import __version__
-from streamload.checkpoint import Catalog, ShardFile, TensorInfo
+from streamload.checkpoint import Catalog, ShardFile, Stripe, TensorInfo
 from streamload.diagnosis import Diagnosis, Finding, doctor
 from streamload.errors import (
     AccessError,
@@ -43,11 +43,24 @@ from streamload.errors import (
     UnsupportedDtypeError,
 )
 from streamload.events import Event, Progress
-from streamload.inspection import Inspection, inspect
+from streamload.inspection import Inspection, RankPlan, inspect
 from streamload.loader import AsyncStream, Stream, load, open, stream
 from streamload.manifesting import WrittenManifest, write_manifest
 from streamload.options import LoadOptions, Options
-from streamload.plan import Batch, Piece, Plan, Read
+from streamload.plan import (
+    Absent,
+    Batch,
+    Experts,
+    PackedShard,
+    Piece,
+    Placement,
+    Placements,
+    Plan,
+    Ranks,
+    Read,
+    Replicate,
+    Shard,
+)
 from streamload.report import Report
 from streamload.saving import SavedShards, save_sharded
 from streamload.trace import Trace
@@ -57,6 +70,7 @@ from streamload.verification import BadBlock, FileVerification, Verification, ve
 logging.getLogger("streamload").addHandler(logging.NullHandler())
 
 __all__ = [
+    "Absent",
     "AccessError",
     "AsyncStream",
     "BadBlock",
@@ -70,6 +84,7 @@ __all__ = [
     "DeviceError",
     "Diagnosis",
     "Event",
+    "Experts",
     "FileVerification",
     "Finding",
     "HeaderError",
@@ -83,16 +98,24 @@ __all__ = [
     "ObjectChangedError",
     "OptionError",
     "Options",
+    "PackedShard",
     "Piece",
+    "Placement",
+    "Placements",
     "Plan",
     "Progress",
+    "RankPlan",
+    "Ranks",
     "Read",
+    "Replicate",
     "Report",
     "SavedShards",
+    "Shard",
     "ShardFile",
     "SourceError",
     "Stream",
     "StreamloadError",
+    "Stripe",
     "TensorInfo",
     "Trace",
     "TransientError",

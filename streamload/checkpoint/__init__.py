@@ -22,7 +22,7 @@ from streamload.checkpoint.manifest import (
     parse_manifest,
 )
 from streamload.checkpoint.rank_names import PIPELINE_PATTERN, RANK_PATTERN, RankNames, names_of_rank
-from streamload.checkpoint.tensors import Catalog, ShardFile, TensorInfo
+from streamload.checkpoint.tensors import Catalog, ShardFile, Stripe, TensorInfo
 
 __all__ = [
     "BLOCK_BYTES",
@@ -44,6 +44,7 @@ __all__ = [
     "ManifestTensor",
     "RankNames",
     "ShardFile",
+    "Stripe",
     "TensorInfo",
     "build_catalog",
     "check_manifest",

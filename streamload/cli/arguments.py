@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Literal, cast
 
 import streamload
@@ -44,6 +46,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
     )
     _add_reads(group)
+    _add_ranks(parser)
 
 
 def add_whole(parser: argparse.ArgumentParser) -> None:
@@ -60,6 +63,35 @@ def _add_reads(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    group = _group(parser, "one rank of several")
+    group.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="N",
+        help="read only what this rank needs; auto: as torchrun says (RANK, WORLD_SIZE)",
+    )
+    group.add_argument("--world-size", type=int, metavar="N", help="how many ranks there are")
+    group.add_argument(
+        "--pipeline-parallel", type=int, metavar="N", help="so many stages have a range of layers each (default 1)"
+    )
+    group.add_argument(
+        "--expert-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="share experts out whole among the ranks of a stage",
+    )
+    group.add_argument(
+        "--tp-plan",
+        dest="placements",
+        type=_tp_plan,
+        metavar="FILE",
+        help="a transformers tp_plan in JSON; without it, the model's config.json says how it is shared out",
+    )
+    group.add_argument(
+        "--uneven", choices=("error", "ceil"), help="what to do where a size is not a multiple of the number of ranks"
+    )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +130,27 @@ def _nbytes(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _rank(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from error
+
+
+def _tp_plan(path: str) -> dict[str, str]:
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path}: not JSON: {error}") from error
+    if not isinstance(plan, dict) or not all(isinstance(style, str) for style in plan.values()):
+        raise argparse.ArgumentTypeError(f"{path}: not an object of names and styles")
+    return plan
 
 
 def _concurrency(text: str) -> int | Literal["auto"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -21,7 +22,14 @@ from streamload.checkpoint import (
     shard_keys,
 )
 from streamload.checksums import Checksum, PartChecksums
-from streamload.errors import IndexFileError, NotFoundError, ObjectChangedError, SourceError, TransientError
+from streamload.errors import (
+    CheckpointError,
+    IndexFileError,
+    NotFoundError,
+    ObjectChangedError,
+    SourceError,
+    TransientError,
+)
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.manifests import find_manifests
@@ -29,11 +37,15 @@ from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["Discovered", "ask_checksums", "discover", "find_shards", "read_header"]
+__all__ = ["Discovered", "ask_checksums", "discover", "find_shards", "read_config", "read_header"]
 
 # The first read of a file. Nearly all headers are shorter (the Hub's own client reads 100 kB and finds 97 % of them
 # whole), and on an object store so much costs hardly more than a byte.
 _FIRST_READ_BYTES = 256 << 10
+
+_CONFIG_KEY = "config.json"
+# A model's config is a few kilobytes; what is larger is something else.
+_MAX_CONFIG_BYTES = 4 << 20
 
 # Headers beyond this are read and parsed one at a time: parsed, a header takes many times its size.
 _LARGE_HEADER_BYTES = 4 << 20
@@ -176,6 +188,32 @@ async def ask_checksums(
     async with asyncio.TaskGroup() as group:
         tasks = {object.key: group.create_task(ask(object)) for object in objects}
     return {key: task.result() for key, task in tasks.items()}
+
+
+async def read_config(fetcher: Fetcher, recorder: Recorder) -> dict[str, object]:
+    """Read the config.json beside the weights.
+
+    Raises:
+        CheckpointError: There is none, or it is no JSON object.
+        SourceError: The source's.
+    """
+    try:
+        object = await fetcher.ask(lambda: fetcher.source.stat(_CONFIG_KEY), key=_CONFIG_KEY)
+    except NotFoundError as error:
+        raise CheckpointError(
+            "placements='auto' takes the kind of model from config.json, and there is none beside the weights",
+            object=_CONFIG_KEY,
+        ) from error
+    if object.size_bytes > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"config.json has {object.size_bytes} bytes: it is no model's config", object=_CONFIG_KEY)
+    content = await _read_bytes(fetcher, recorder, object, 0, object.size_bytes)
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"config.json is not valid JSON: {error}", object=_CONFIG_KEY) from error
+    if not isinstance(config, dict):
+        raise CheckpointError("config.json is no JSON object", object=_CONFIG_KEY)
+    return config
 
 
 async def _read_index(fetcher: Fetcher, recorder: Recorder, listed: dict[str, SourceObject]) -> Index | None:

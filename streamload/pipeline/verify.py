@@ -14,13 +14,14 @@ from streamload.pipeline.blocks import BlockVerifier
 from streamload.plan import Batch, Plan
 from streamload.report import Recorder
 
-__all__ = ["BY_MANIFEST", "NOT_KEPT", "NOT_WHOLE", "PARTLY_READ", "SWITCHED_OFF", "Verifier"]
+__all__ = ["BY_MANIFEST", "NOT_KEPT", "NOT_WHOLE", "PARTLY_READ", "SLICED", "SWITCHED_OFF", "Verifier"]
 
 BY_MANIFEST = "CRC64NVME of each block, by a manifest"
 
 NOT_KEPT = "the source keeps no checksum of the whole object that parts could be combined to"
 NOT_WHOLE = "only a part of the object is read, and its checksum covers all of it"
 PARTLY_READ = "only a part of a block of the manifest is read"
+SLICED = "slices of tensors that lie scattered over the file are not summed up"
 SWITCHED_OFF = "verify is off"
 
 
@@ -73,6 +74,9 @@ class Verifier:
     of that file's whole content is then compared with what the blocks' checksums combine to, before anything is read:
     bytes that agree with the manifest agree with the store. One by another algorithm, or of parts, has nothing to add.
 
+    Batches in which slices lie scattered are left out: the gaps between the slices are not received, or several of them
+    into the same memory, and nothing can be summed up over them.
+
     Args:
         plan: What will be read. Objects of which only a part is read cannot be verified without a manifest.
         checksums: What the source keeps, or why it keeps nothing, by key; objects that were not asked for are missing.
@@ -106,12 +110,14 @@ class Verifier:
         for batch in plan.batches:
             batches.setdefault(batch.file, []).append(batch)
         for number, file in enumerate(plan.catalog.files):
-            of_file = batches.get(number, [])
-            tensor_bytes = sum(piece.nbytes for batch in of_file for read in batch.reads for piece in read.pieces)
+            of_file = [batch for batch in batches.get(number, []) if not batch.sliced]
+            sliced_bytes = sum(batch.nbytes for batch in batches.get(number, []) if batch.sliced)
+            tensor_bytes = sum(batch.nbytes for batch in of_file)
             checksum = checksums.get(file.key, NOT_WHOLE)
             if off:
-                self._leave(tensor_bytes, SWITCHED_OFF)
+                self._leave(tensor_bytes + sliced_bytes, SWITCHED_OFF)
                 continue
+            self._leave(sliced_bytes, SLICED, key=file.key, required=required)
             if file.key in manifests:
                 self._watch_blocks(manifests[file.key], of_file, checksum, headers[file.key], required=required)
                 continue
@@ -161,7 +167,9 @@ class Verifier:
         Raises:
             ChecksumError: They have to be.
         """
-        if required and nbytes:
+        if not nbytes:
+            return
+        if required:
             raise ChecksumError(
                 f"verify is 'require', and nothing vouches for {nbytes} bytes: {reason}; `streamload manifest` writes "
                 "what does",

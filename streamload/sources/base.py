@@ -40,6 +40,8 @@ class Source(ABC):
         uri: The URI as the caller gave it, without credentials.
         scheme: The first scheme that this source serves, for reports.
         request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
+        skipped_gap_bytes: The gaps of a loan that are wider than this are passed over without reading them; None: the
+            source reads all of a range.
         read_bytes: How large a read should be where the caller says nothing.
         concurrency: How many reads should be in flight where the caller says nothing: to begin with, where more may be.
         most_concurrency: How many there may be where more of them bring more; None where `concurrency` is the best.
@@ -53,6 +55,7 @@ class Source(ABC):
 
     scheme: ClassVar[str]
     request_cost_bytes: ClassVar[int]
+    skipped_gap_bytes: ClassVar[int | None] = None
     read_bytes: ClassVar[int]
     concurrency: ClassVar[int]
     most_concurrency: ClassVar[int | None] = None
@@ -96,6 +99,8 @@ class Source(ABC):
     @abstractmethod
     async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         """Fill `loan` with bytes `start` up to, not including, `end` of `object` at its pinned version.
+
+        What it does with the loan's gaps is its own choice.
 
         Returns or raises (CancelledError included) only when nothing can write into the loan any more; where that
         cannot be had in time it calls ``loan.quarantine()`` first.

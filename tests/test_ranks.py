@@ -225,7 +225,7 @@ def test_all_placements_and_both_rules_for_what_does_not_divide(tmp_path: Path) 
 
 
 def test_pipeline_stages_share_the_layers_and_tensors_within(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    every = [streamload.load(folder, rank=rank, world_size=4, pipeline_parallel=2) for rank in range(4)]
+    every = [streamload.load(folder, rank=rank, world_size=4, pp_size=2) for rank in range(4)]
     assert every[0].keys() == every[1].keys()
     assert not every[0].keys() & every[2].keys()
     assert every[0].keys() | every[2].keys() == tensors.keys()
@@ -238,7 +238,7 @@ def test_a_tied_embedding_is_on_the_last_stage_too(tmp_path: Path, tensors: dict
     tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     write_sharded(tmp_path, tied, files=1)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    stages = [streamload.load(tmp_path, rank=rank, world_size=3, pipeline_parallel=3) for rank in range(3)]
+    stages = [streamload.load(tmp_path, rank=rank, world_size=3, pp_size=3) for rank in range(3)]
     assert ["model.embed_tokens.weight" in stage for stage in stages] == [True, False, True]
 
 

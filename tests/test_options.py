@@ -137,6 +137,7 @@ class TestResolve:
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
             "STREAMLOAD_PROGRESS": "1",
+            "STREAMLOAD_HTTP_HEADERS": "X-Token: t",
             "STREAMLOAD_SOMETHING_ELSE": "ignored",
         }
         assert _resolve(environment) == LoadOptions(
@@ -151,6 +152,7 @@ class TestResolve:
             deadline_s=2.5,
             verify="off",
             progress=True,
+            http_headers={"X-Token": "t"},
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"

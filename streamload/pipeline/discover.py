@@ -73,7 +73,7 @@ async def discover(
     with recorder.stage("list"):
         listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
         index = await _read_index(fetcher, recorder, listed)
-        keys = shard_keys(tuple(listed), index)
+        keys = shard_keys(tuple(listed), index, all_listed=fetcher.source.lists_folders)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     # Until it is known what of it is wanted.
     recorder.total_bytes = sum(object.size_bytes for object in objects.values())

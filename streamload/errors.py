@@ -8,8 +8,9 @@
     ├── CheckpointError          (ValueError)         the files do not make a checkpoint
     │   ├── HeaderError                               a file is not valid safetensors
     │   ├── IndexFileError                            the index does not fit the files
+    │   ├── ManifestError                             the manifest is none, or was written for other files
     │   └── UnsupportedDtypeError                     torch has no such dtype
-    ├── SourceError              (OSError)            bytes could not be had
+    ├── SourceError              (OSError)            bytes could not be had, or not be put in their place
     │   ├── NotFoundError        (FileNotFoundError)  no such bucket, key, directory or file
     │   ├── AccessError          (PermissionError)    refused
     │   │   └── CredentialsError                      nothing to sign with, or it was not accepted
@@ -42,6 +43,7 @@ __all__ = [
     "DeviceError",
     "HeaderError",
     "IndexFileError",
+    "ManifestError",
     "MemoryLimitError",
     "MissingDependencyError",
     "NotFoundError",
@@ -157,12 +159,16 @@ class IndexFileError(CheckpointError):
     """The index file is not valid, or names what is not there."""
 
 
+class ManifestError(CheckpointError):
+    """The manifest beside the weights is not valid, or was written for other files than those."""
+
+
 class UnsupportedDtypeError(CheckpointError):
     """A tensor's dtype is valid in the format but the installed torch has none to hold it."""
 
 
 class SourceError(StreamloadError, OSError):
-    """Bytes could not be had from the source."""
+    """Bytes could not be had from the source, or, where something is saved, not be put in their place."""
 
 
 class NotFoundError(SourceError, FileNotFoundError):
@@ -178,7 +184,10 @@ class CredentialsError(AccessError):
 
 
 class ChecksumError(SourceError):
-    """What arrived is not what the source says it keeps. Tensors of that object may have been handed out already."""
+    """What arrived is not what the source or the manifest says, or nothing vouches for it and something had to.
+
+    Where it is the source's checksum of a whole object, tensors of it may have been handed out already.
+    """
 
 
 class ObjectChangedError(SourceError):

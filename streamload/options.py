@@ -11,14 +11,27 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast
 from streamload.errors import OptionError
 from streamload.events import OnEvent, OnProgress
 from streamload.host import host_limits
-from streamload.plan import LEAST_READ_BYTES
+from streamload.plan import LEAST_READ_BYTES, Placement, Placements, Ranks, Uneven
 from streamload.units import format_bytes, parse_bytes
 
-__all__ = ["Concurrency", "LoadOptions", "Options", "Order", "ResolvedOption", "Verify", "proxies", "resolve"]
+__all__ = [
+    "Concurrency",
+    "LoadOptions",
+    "Options",
+    "Order",
+    "Placed",
+    "Rank",
+    "ResolvedOption",
+    "Verify",
+    "proxies",
+    "resolve",
+]
 
 Order: TypeAlias = Literal["completion", "file"]
-Verify: TypeAlias = Literal["auto", "off"]
+Verify: TypeAlias = Literal["auto", "off", "require"]
 Concurrency: TypeAlias = "int | Literal['auto']"
+Rank: TypeAlias = "int | Ranks | Literal['auto'] | None"
+Placed: TypeAlias = "Placements | Literal['auto']"
 
 _PREFIX = "STREAMLOAD_"
 _PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
@@ -56,12 +69,25 @@ class LoadOptions:
             so, whatever the link would bear: for those who share it. None: no limit.
         order: ``"completion"`` yields tensors as they are complete, ``"file"`` in the order of the files' bytes.
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
-        verify: ``"auto"`` checks content against the checksums that the source keeps; ``"off"`` does not.
+        verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
+            as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
+            ``"off"`` does not.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
         http_headers: What goes with each request to an ``http://`` or ``https://`` URI's own host, a token perhaps; no
             value is ever shown. Other sources have no use for them.
+        rank: Load only what this rank needs; ``"auto"``: the rank that torchrun has given this process (``RANK``,
+            ``WORLD_SIZE``, and ``LOCAL_RANK`` for a device that is just ``cuda``). `Ranks` says it in full. None: load
+            everything.
+        world_size: How many ranks there are.
+        placements: How tensors are shared out among the ranks: ``"auto"`` knows common decoders by the ``config.json``
+            beside the weights; a dict of globs and placements, or a transformers ``tp_plan``; or `Placements`.
+        pipeline_parallel: So many stages have a range of the layers each; the other ranks share the tensors within a
+            stage. Ranks of one stage are neighbours.
+        expert_parallel: Whether experts are shared out whole among the ranks of a stage.
+        uneven: What to do where a size is not a multiple of the number of ranks: ``"error"``, or ``"ceil"`` for the
+            rule of ``torch.chunk`` and transformers.
     """
 
     device: str = "cpu"
@@ -78,6 +104,12 @@ class LoadOptions:
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
     http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
+    rank: Rank = None
+    world_size: int | None = None
+    placements: Placed = "auto"
+    pipeline_parallel: int = 1
+    expert_parallel: bool = False
+    uneven: Uneven = "error"
 
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
@@ -101,10 +133,11 @@ class LoadOptions:
         if self.max_bytes_per_s is not None:
             _check_positive("max_bytes_per_s", self.max_bytes_per_s, "bytes a second above zero")
         _check(self.order in ("completion", "file"), "order", self.order, "'completion' or 'file'")
-        _check(self.verify in ("auto", "off"), "verify", self.verify, "'auto' or 'off'")
+        _check(self.verify in ("auto", "off", "require"), "verify", self.verify, "'auto', 'off' or 'require'")
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
-        for name in ("strict_memory",):
+        self._check_ranks()
+        for name in ("strict_memory", "expert_parallel"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
@@ -116,6 +149,63 @@ class LoadOptions:
     def for_source(self) -> dict[str, Any]:
         """What is given of the options that only some sources take."""
         return {name: value for name in _OF_SOURCES if (value := getattr(self, name)) not in (None, (), {})}
+
+    def _check_ranks(self) -> None:
+        _check_integer("pipeline_parallel", self.pipeline_parallel, 1)
+        _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
+        if isinstance(self.placements, Mapping):
+            object.__setattr__(self, "placements", _placements_of(self.placements))
+        placements_ok = self.placements == "auto" or isinstance(self.placements, Placements)
+        _check(placements_ok, "placements", self.placements, "'auto', a dict of names and placements, or Placements")
+        if self.rank is None or isinstance(self.rank, Ranks):
+            # A single world size would be mistaken for one of the three.
+            given = "world_size" if self.world_size is not None else ""
+            given = "pipeline_parallel" if self.pipeline_parallel > 1 else given
+            given = "expert_parallel" if self.expert_parallel is True else given
+            given = "placements" if self.rank is None and self.placements != "auto" else given
+            if given:
+                raise OptionError(
+                    f"{given} is given without a rank"
+                    if self.rank is None
+                    else f"{given} is for a rank that is a number"
+                )
+            return
+        if self.rank == "auto":
+            raise OptionError("rank='auto' is what open, stream and load find out; give LoadOptions the number")
+        if self.world_size is None:
+            raise OptionError(f"rank={self.rank!r} is given without world_size")
+        _check_integer("world_size", self.world_size, 1)
+        _check_integer("rank", self.rank, 0, self.world_size - 1)
+        if self.world_size % self.pipeline_parallel:
+            raise OptionError(f"{self.world_size} ranks cannot be {self.pipeline_parallel} stages of equal size")
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Which rank this is in each way in which the model is divided; None where everything is loaded."""
+        return None if self.rank is None else self.ranks_of_all()[self._index()]
+
+    def ranks_of_all(self) -> tuple[Ranks, ...]:
+        """Every rank of the world that this one belongs to, in order; none where everything is loaded."""
+        if self.rank is None:
+            return ()
+        if isinstance(self.rank, Ranks):
+            return _all_ranks(self.rank)
+        assert self.world_size is not None
+        stage = self.world_size // self.pipeline_parallel
+        return tuple(
+            Ranks(
+                tp_rank=rank % stage,
+                tp_size=stage,
+                pp_rank=rank // stage,
+                pp_size=self.pipeline_parallel,
+                ep_rank=rank % stage if self.expert_parallel else 0,
+                ep_size=stage if self.expert_parallel else 1,
+            )
+            for rank in range(self.world_size)
+        )
+
+    def _index(self) -> int:
+        return _all_ranks(self.rank).index(self.rank) if isinstance(self.rank, Ranks) else cast("int", self.rank)
 
 
 class Options(TypedDict, total=False):
@@ -135,6 +225,12 @@ class Options(TypedDict, total=False):
     progress: bool | OnProgress
     on_event: OnEvent | None
     http_headers: Mapping[str, str]
+    rank: Rank
+    world_size: int | None
+    placements: Placed | Mapping[str, str] | Mapping[str, Placement]
+    pipeline_parallel: int
+    expert_parallel: bool
+    uneven: Uneven
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +284,8 @@ def resolve(
     origins.update(dict.fromkeys(given, "argument"))
     if values.get("memory_bytes") is None:
         values["memory_bytes"], origins["memory_bytes"] = _default_memory(environment)
+    if values.get("rank") == "auto":
+        _find_rank(values, origins, environment)
     options = LoadOptions(**values)
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
@@ -199,6 +297,38 @@ def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     environment = os.environ if environment is None else environment
     found = {name: environment.get(name.lower()) or environment.get(name) for name in _PROXY_VARIABLES}
     return {name: value for name, value in found.items() if value}
+
+
+def _find_rank(values: dict[str, Any], origins: dict[str, str], environment: Mapping[str, str]) -> None:
+    """Fill in what torchrun tells a process of its rank."""
+    names = {"rank": "RANK"} if "world_size" in values else {"rank": "RANK", "world_size": "WORLD_SIZE"}
+    if values.get("device") == "cuda":
+        names["device"] = "LOCAL_RANK"
+    for name, variable in names.items():
+        text = environment.get(variable)
+        if text is None:
+            raise OptionError(f"rank='auto' takes {name} from {variable}, which is not set: torchrun sets it")
+        if not text.isdecimal():
+            raise OptionError(f"{variable}={text!r} is not a number")
+        values[name] = f"cuda:{int(text)}" if name == "device" else int(text)
+        origins[name] = f"environment ({variable})"
+
+
+def _placements_of(given: Mapping[Any, Any]) -> Placements:
+    if all(isinstance(style, str) for style in given.values()):
+        return Placements.from_tp_plan(given)
+    return Placements.from_rules(given)
+
+
+def _all_ranks(ranks: Ranks) -> tuple[Ranks, ...]:
+    """Every combination; where as many ranks share experts as share tensors, those are the same ranks."""
+    same = (ranks.ep_rank, ranks.ep_size) == (ranks.tp_rank, ranks.tp_size)
+    return tuple(
+        Ranks(tp, ranks.tp_size, pp, ranks.pp_size, ep, ranks.ep_size)
+        for pp in range(ranks.pp_size)
+        for tp in range(ranks.tp_size)
+        for ep in ((tp,) if same else range(ranks.ep_size))
+    )
 
 
 def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:
@@ -223,6 +353,10 @@ def _parse_flag(text: str) -> bool:
 
 
 def _parse_concurrency(text: str) -> Concurrency:
+    return "auto" if text.strip() == "auto" else int(text)
+
+
+def _parse_rank(text: str) -> Rank:
     return "auto" if text.strip() == "auto" else int(text)
 
 
@@ -254,6 +388,11 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "verify": str.strip,
     "progress": _parse_flag,
     "http_headers": _parse_headers,
+    "rank": _parse_rank,
+    "world_size": int,
+    "pipeline_parallel": int,
+    "expert_parallel": _parse_flag,
+    "uneven": str.strip,
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from streamload.checkpoint import select
+from streamload.checkpoint import Catalog, select
 from streamload.options import LoadOptions
-from streamload.pipeline.discover import ask_checksums, discover
+from streamload.pipeline.discover import ask_checksums, discover, read_config
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.verify import Verifier
-from streamload.plan import LEAST_READ_BYTES, Plan, plan_reads
+from streamload.plan import LEAST_READ_BYTES, Placements, Plan, plan_reads
 from streamload.report import Recorder
 from streamload.sources import Source, SourceObject
 
@@ -35,6 +36,7 @@ class PlannedLoad:
         concurrency: How many are in flight to begin with.
         most_concurrency: How many there may be.
         verifier: Checks what arrives.
+        every_rank: The plans of all ranks, where they were asked for.
     """
 
     plan: Plan
@@ -43,9 +45,12 @@ class PlannedLoad:
     read_bytes: int
     concurrency: int
     most_concurrency: int
+    every_rank: tuple[Plan, ...] = ()
 
 
-async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, options: LoadOptions) -> PlannedLoad:
+async def plan_load(
+    source: Source, fetcher: Fetcher, recorder: Recorder, options: LoadOptions, *, all_ranks: bool = False
+) -> PlannedLoad:
     """Read the headers and decide what else to read.
 
     Args:
@@ -53,27 +58,60 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
         fetcher: Asks that source.
         recorder: Told of it.
         options: The load's.
+        all_ranks: Whether the other ranks' plans are wanted too.
 
     Raises:
-        CheckpointError: The files do not make a checkpoint.
+        OptionError: It is not known how a tensor is shared out among the ranks.
+        CheckpointError: The files do not make a checkpoint, or a manifest was written for others.
+        ChecksumError: What was read of a file is not what its manifest says, or cannot be verified and has to be.
         SourceError: The source's.
     """
     recorder.source = source.scheme
     read_bytes, concurrency, most_concurrency = effective_reads(source, options)
     verify = options.verify != "off"
-    everything = not (options.include or options.exclude)
+    everything = not (options.include or options.exclude) and options.ranks is None
     found = await discover(fetcher, recorder, most_concurrency, keep_headers=verify, checksums=verify and everything)
     catalog = select(found.catalog, options.include, options.exclude)
+    every: tuple[Plan, ...] = ()
+    if options.ranks is not None:
+        wanted, placements = catalog, options.placements
+        if not isinstance(placements, Placements):
+            placements = Placements.from_config(await read_config(fetcher, recorder))
+        slice_for = partial(placements.slice, wanted, uneven=options.uneven, whole=found.catalog)
+        catalog = slice_for(options.ranks)
+        if all_ranks:
+            every = tuple(_plan(source, slice_for(ranks), read_bytes) for ranks in options.ranks_of_all())
     checksums = found.checksums
     if verify and not everything:
         # Only those that are read whole can be compared.
-        tensors = {file.key: len(file.tensors) for file in found.catalog.files}
-        whole = [found.objects[file.key] for file in catalog.files if len(file.tensors) == tensors[file.key]]
+        nbytes = {file.key: sum(tensor.nbytes for tensor in file.tensors) for file in found.catalog.files}
+        whole = [
+            found.objects[file.key]
+            for file in catalog.files
+            if sum(tensor.nbytes for tensor in file.tensors) == nbytes[file.key]
+        ]
         checksums = await ask_checksums(fetcher, whole, most_concurrency)
-    plan = plan_reads(catalog, read_bytes=read_bytes, gap_bytes=source.request_cost_bytes)
+    plan = _plan(source, catalog, read_bytes)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
-    verifier = Verifier(plan, checksums, found.headers, recorder, off=not verify)
-    return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency)
+    verifier = Verifier(
+        plan,
+        checksums,
+        found.headers,
+        recorder,
+        manifests=found.manifests,
+        off=not verify,
+        required=options.verify == "require",
+    )
+    return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency, every)
+
+
+def _plan(source: Source, catalog: Catalog, read_bytes: int) -> Plan:
+    return plan_reads(
+        catalog,
+        read_bytes=read_bytes,
+        gap_bytes=source.request_cost_bytes,
+        skip_bytes=source.skipped_gap_bytes,
+    )
 
 
 def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from streamload.errors import OptionError
 from streamload.events import Progress
 from streamload.host import HostLimits
 from streamload.options import LoadOptions, Options, proxies, resolve
+from streamload.plan import Ranks
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
@@ -85,6 +87,11 @@ class TestLoadOptions:
             {"progress": None},
             {"progress": "yes"},
             {"on_event": 7},
+            {"placements": "guess"},
+            {"placements": None},
+            {"pipeline_parallel": 0},
+            {"uneven": "floor"},
+            {"expert_parallel": 1},
         ],
     )
     def test_refuse(self, given: dict[str, Any]) -> None:
@@ -117,6 +124,57 @@ class TestLoadOptions:
         assert getattr(LoadOptions(**given), name) == value
 
 
+class TestRanks:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"rank": 0}, "rank=0 is given without world_size"),
+            ({"world_size": 4}, "world_size is given without a rank"),
+            ({"placements": {"*": "colwise"}}, "placements is given without a rank"),
+            ({"pipeline_parallel": 2}, "pipeline_parallel is given without a rank"),
+            ({"rank": 4, "world_size": 4}, "rank=4 is not a whole number from 0 to 3"),
+            ({"rank": True, "world_size": 4}, "rank=True is not"),
+            ({"rank": 0, "world_size": 4, "pipeline_parallel": 3}, "4 ranks cannot be 3 stages of equal size"),
+            ({"rank": Ranks(), "world_size": 1}, "world_size is for a rank that is a number"),
+            ({"rank": "auto"}, "rank='auto'"),
+            ({"rank": 0, "world_size": 1, "placements": {"*": "sideways"}}, "there is no style 'sideways'"),
+            ({"rank": 0, "world_size": 1, "placements": {"*": 3}}, "not a glob and a placement"),
+        ],
+    )
+    def test_refuse(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(OptionError, match=re.escape(message)):
+            LoadOptions(**given)
+
+    def test_neighbours_share_tensors_and_stages_share_layers(self) -> None:
+        options = LoadOptions(rank=5, world_size=8, pipeline_parallel=2, expert_parallel=True)
+        assert options.ranks == Ranks(tp_rank=1, tp_size=4, pp_rank=1, pp_size=2, ep_rank=1, ep_size=4)
+        assert options.ranks_of_all()[5] == options.ranks
+        assert len(set(options.ranks_of_all())) == 8
+        assert LoadOptions().ranks is None
+        assert LoadOptions().ranks_of_all() == ()
+
+    def test_ranks_in_full(self) -> None:
+        ranks = Ranks(tp_rank=1, tp_size=2, pp_rank=0, pp_size=3, ep_rank=1, ep_size=4)
+        assert LoadOptions(rank=ranks).ranks == ranks
+        assert len(LoadOptions(rank=ranks).ranks_of_all()) == 24
+        same = Ranks(tp_rank=1, tp_size=2, ep_rank=1, ep_size=2)
+        assert LoadOptions(rank=same).ranks_of_all() == (Ranks(0, 2, 0, 1, 0, 2), same)
+
+    def test_as_torchrun_says(self) -> None:
+        environment = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+        options, origins = resolve({"rank": "auto", "device": "cuda"}, environment)
+        assert (options.rank, options.world_size, options.device) == (3, 8, "cuda:1")
+        assert {origin.name: origin.origin for origin in origins}["rank"] == "environment (RANK)"
+        assert resolve({"rank": "auto"}, environment)[0].device == "cpu"
+        assert resolve({}, environment | {"STREAMLOAD_RANK": "auto"})[0].rank == 3
+        assert resolve({"rank": "auto", "world_size": 4}, environment)[0].world_size == 4
+        assert resolve({}, environment)[0].rank is None
+        with pytest.raises(OptionError, match="WORLD_SIZE, which is not set"):
+            resolve({"rank": "auto"}, {"RANK": "3"})
+        with pytest.raises(OptionError, match="RANK='x' is not a number"):
+            resolve({"rank": "auto"}, environment | {"RANK": "x"})
+
+
 class TestResolve:
     def test_defaults(self) -> None:
         options = _resolve()
@@ -138,6 +196,11 @@ class TestResolve:
             "STREAMLOAD_VERIFY": "off",
             "STREAMLOAD_PROGRESS": "1",
             "STREAMLOAD_HTTP_HEADERS": "X-Token: t",
+            "STREAMLOAD_RANK": "5",
+            "STREAMLOAD_WORLD_SIZE": "8",
+            "STREAMLOAD_PIPELINE_PARALLEL": "2",
+            "STREAMLOAD_EXPERT_PARALLEL": "on",
+            "STREAMLOAD_UNEVEN": "ceil",
             "STREAMLOAD_SOMETHING_ELSE": "ignored",
         }
         assert _resolve(environment) == LoadOptions(
@@ -153,9 +216,15 @@ class TestResolve:
             verify="off",
             progress=True,
             http_headers={"X-Token": "t"},
+            rank=5,
+            world_size=8,
+            pipeline_parallel=2,
+            expert_parallel=True,
+            uneven="ceil",
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"
+        assert origins.pop("placements") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
 
     def test_what_is_given_goes_before_the_environment(self) -> None:

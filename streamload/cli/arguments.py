@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Literal, cast
 
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_reading", "add_uri", "options_of"]
+__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_reading", "add_uri", "add_whole", "options_of"]
 
 EXIT_CODES = """\
 exit codes:
@@ -43,12 +45,53 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
     )
+    _add_reads(group)
+    _add_ranks(parser)
+
+
+def add_whole(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a checkpoint is read of which all is read."""
+    group = _group(parser, "how it is read")
+    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_reads(group)
+
+
+def _add_reads(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--read-bytes", type=_nbytes, metavar="N", help="how large a read should be, such as 8MiB")
     group.add_argument(
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    group = _group(parser, "one rank of several")
+    group.add_argument(
+        "--rank",
+        type=_rank,
+        metavar="N",
+        help="read only what this rank needs; auto: as torchrun says (RANK, WORLD_SIZE)",
+    )
+    group.add_argument("--world-size", type=int, metavar="N", help="how many ranks there are")
+    group.add_argument(
+        "--pipeline-parallel", type=int, metavar="N", help="so many stages have a range of layers each (default 1)"
+    )
+    group.add_argument(
+        "--expert-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="share experts out whole among the ranks of a stage",
+    )
+    group.add_argument(
+        "--tp-plan",
+        dest="placements",
+        type=_tp_plan,
+        metavar="FILE",
+        help="a transformers tp_plan in JSON; without it, the model's config.json says how it is shared out",
+    )
+    group.add_argument(
+        "--uneven", choices=("error", "ceil"), help="what to do where a size is not a multiple of the number of ranks"
+    )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +108,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--order", choices=("completion", "file"), help="hand tensors out as they are complete, or as they lie in files"
     )
     group.add_argument(
-        "--verify", choices=("auto", "off"), help="check content against the checksums that the source keeps, or do not"
+        "--verify",
+        choices=("auto", "off", "require"),
+        help="check content against a manifest and the source's checksums, do not, or fail where something has neither",
     )
 
 
@@ -85,6 +130,27 @@ def _nbytes(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _rank(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from error
+
+
+def _tp_plan(path: str) -> dict[str, str]:
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path}: not JSON: {error}") from error
+    if not isinstance(plan, dict) or not all(isinstance(style, str) for style in plan.values()):
+        raise argparse.ArgumentTypeError(f"{path}: not an object of names and styles")
+    return plan
 
 
 def _concurrency(text: str) -> int | Literal["auto"]:

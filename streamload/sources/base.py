@@ -41,6 +41,8 @@ class Source(ABC):
         scheme: The first scheme that this source serves, for reports.
         options: The names of the options that it takes beyond ``concurrency``, as keyword arguments.
         request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
+        skipped_gap_bytes: The gaps of a loan that are wider than this are passed over without reading them; None: the
+            source reads all of a range.
         read_bytes: How large a read should be where the caller says nothing.
         concurrency: How many reads should be in flight where the caller says nothing: to begin with, where more may be.
         most_concurrency: How many there may be where more of them bring more; None where `concurrency` is the best.
@@ -48,6 +50,7 @@ class Source(ABC):
         hedged: Whether a read that is late should be asked for a second time.
         congruence_bytes: Reads are fastest into addresses that are congruent to the bytes' place in the object modulo
             this power of two; 1 where it makes no difference.
+        companions: Whether what lies beside an object, such as a manifest, is of the version that is read.
         requests: How many requests (or system calls that read) have been sent so far.
         paths: Bytes read so far by the way they came, where there is more than one.
     """
@@ -55,6 +58,7 @@ class Source(ABC):
     scheme: ClassVar[str]
     options: ClassVar[frozenset[str]] = frozenset()
     request_cost_bytes: ClassVar[int]
+    skipped_gap_bytes: ClassVar[int | None] = None
     read_bytes: ClassVar[int]
     concurrency: ClassVar[int]
     most_concurrency: ClassVar[int | None] = None
@@ -64,6 +68,7 @@ class Source(ABC):
 
     def __init__(self, uri: str) -> None:
         self.uri = scrub_uri(uri)
+        self.companions = True
         self.requests = 0
         self.paths: dict[str, int] = {}
 
@@ -100,6 +105,8 @@ class Source(ABC):
     @abstractmethod
     async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         """Fill `loan` with bytes `start` up to, not including, `end` of `object` at its pinned version.
+
+        What it does with the loan's gaps is its own choice.
 
         Returns or raises (CancelledError included) only when nothing can write into the loan any more; where that
         cannot be had in time it calls ``loan.quarantine()`` first.

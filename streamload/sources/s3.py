@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from streamload.sources.s3_client import S3Client
     from streamload.wire import Head
 
-__all__ = ["S3Source"]
+__all__ = ["Place", "S3Source", "place_of"]
 
 # A listing of so many objects is not a checkpoint's, and would take a minute: 1000 come with each page.
 _MAX_PAGES = 100
@@ -99,7 +99,8 @@ class S3Source(Source):
         read_timeout_s: float = 20.0,
     ) -> None:
         super().__init__(uri)
-        self._place = _place_of(uri)
+        self._place = place_of(uri)
+        self.companions = not self._place.versions
         self._connections = (concurrency or self.most_concurrency or self.concurrency) + _SPARE_CONNECTIONS
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
@@ -289,7 +290,9 @@ class S3Source(Source):
             )
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
+    """What an S3 URI means."""
+
     bucket: str  # its name, or the ARN of an access point
     prefix: str  # empty, or with a slash at its end
     name: str | None  # of the one object that the URI names
@@ -297,7 +300,12 @@ class _Place(NamedTuple):
     requester_pays: bool
 
 
-def _place_of(uri: str) -> _Place:
+def place_of(uri: str) -> Place:
+    """Take an S3 URI apart.
+
+    Raises:
+        OptionError: It names no bucket, or makes no sense.
+    """
     rest, options = _options_of(uri.partition("://")[2], uri)
     bucket, _, path = rest.partition("/")
     if bucket.startswith("arn:"):
@@ -312,10 +320,10 @@ def _place_of(uri: str) -> _Place:
     if path.endswith(".safetensors"):
         folder, slash, name = path.rpartition("/")
         versions = {} if version_id is None else {path: version_id}
-        return _Place(bucket, folder + slash, name, versions, requester_pays)
+        return Place(bucket, folder + slash, name, versions, requester_pays)
     if version_id is not None:
         raise OptionError("versionId is of one object: name one that ends in .safetensors, not a prefix", uri=uri)
-    return _Place(bucket, path if path.endswith("/") or not path else f"{path}/", None, {}, requester_pays)
+    return Place(bucket, path if path.endswith("/") or not path else f"{path}/", None, {}, requester_pays)
 
 
 def _options_of(rest: str, uri: str) -> tuple[str, dict[str, str]]:

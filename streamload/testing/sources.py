@@ -202,6 +202,30 @@ class SourceConformance(ABC):
 
         self.run(body)
 
+    def test_reads_around_gaps_or_through_them(self) -> None:
+        content = _content(300_000)
+        self.put(_KEY, content)
+
+        async def body() -> None:
+            async with self.open() as source:
+                (object,) = await source.list()
+                for piece, gap in ((100, 2900), (4_000, 11_000), (10_000, 5), (50_000, 50_000), (7_001, 4_999)):
+                    rows = len(content) // (piece + gap)
+                    memory, scratch = memoryview(bytearray(rows * piece)), memoryview(bytearray(gap))
+                    views = [view for row in range(rows) for view in (memory[row * piece : (row + 1) * piece], scratch)]
+                    loan = Loan(views, gaps=[False, True] * rows)
+                    await source.read(object, 0, loan.nbytes, loan)
+                    rest = loan.after(piece + gap // 2)
+                    assert rest.gaps is not None
+                    assert list(rest.gaps[:2]) == [True, False]
+                    expected = b"".join(content[at : at + piece] for at in range(0, loan.nbytes, piece + gap))
+                    assert memory == expected
+                    memory[:] = bytes([_POISON]) * memory.nbytes
+                    await source.read(object, piece + gap // 2, loan.nbytes, rest)
+                    assert memory[piece:] == expected[piece:]
+
+        self.run(body)
+
     def test_empty_ranges_and_empty_objects(self) -> None:
         self.put("empty", b"")
         self.put("full", b"x" * 10)

@@ -19,6 +19,7 @@ SourceFactory: TypeAlias = Callable[..., Any]
 # Module and class; the modules are imported when a URI asks for them.
 _BUILT_IN = {
     "file": ("streamload.sources.local", "LocalSource"),
+    "hf": ("streamload.sources.hub", "HubSource"),
     "http": ("streamload.sources.http", "HttpSource"),
     "https": ("streamload.sources.http", "HttpSource"),
     "s3": ("streamload.sources.s3", "S3Source"),

@@ -162,15 +162,15 @@ class HttpSource(Source):
         def accept(head: Head) -> list[memoryview] | None:
             return [byte] if head.status == 206 else None
 
-        resource, host = self._resource(key), self._place.origin.host
-        response = await self._client.get(resource, {"Range": "bytes=0-0"}, accept)
-        if response.head.status == 416 and total_bytes(response.head) == 0:
+        resource = self._resource(key)
+        head, origin = await self._client.get(resource, {"Range": "bytes=0-0"}, accept)
+        if head.status == 416 and total_bytes(head) == 0:
             # An empty object has no first byte. The refusal often leaves out the version.
-            response = await self._client.get(resource, {}, lambda head: None)
-        if response.head.status >= 300:
-            raise refusal(response.head, host)
-        check_identity(response.head)
-        return response.head
+            head, origin = await self._client.get(resource, {}, lambda head: None)
+        if head.status >= 300:
+            raise refusal(head, origin.host)
+        check_identity(head)
+        return head
 
     async def _fetch(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         def check(head: Head) -> None:
@@ -180,12 +180,14 @@ class HttpSource(Source):
         condition = "If-Match" if object.version.startswith('"') else "If-Unmodified-Since"
         headers = {"Range": range_read.header, condition: object.version}
         try:
-            response = await self._client.get(self._resource(object.key), headers, range_read.accept, range_read.landed)
+            head, origin = await self._client.get(
+                self._resource(object.key), headers, range_read.accept, range_read.landed
+            )
         except TransientError as error:
             range_read.correct(error)
             raise
-        if response.head.status >= 300:
-            raise refusal(response.head, self._place.origin.host)
+        if head.status >= 300:
+            raise refusal(head, origin.host)
 
 
 class _Place:

@@ -109,7 +109,7 @@ class HttpClient:
         landed: Landed | None = None,
         *,
         redirected: Callable[[Head], None] | None = None,
-    ) -> Response:
+    ) -> tuple[Head, Origin]:
         """Ask for something, and follow redirects.
 
         Args:
@@ -120,28 +120,22 @@ class HttpClient:
             redirected: Shown the heads of redirects; raises where they are not for what was asked for.
 
         Returns:
-            The answer; an error's, too.
+            The head of the answer, an error's, too, and whose it is.
 
         Raises:
             TransientError: The connection broke or stalled; ``valid_bytes`` says how much of the body is in place.
             SourceError: The redirects do not end or lead to where nobody may be sent, the answer is none; or what
                 `accept` raised.
         """
-        while True:
-            known = resource.address
-            try:
-                response, address = await self._follow(known or resource.url, headers, accept, landed, redirected)
-            except SourceError:
-                if resource.address == known:
-                    resource.address = None  # another try may be led to another server
-                raise
-            if response.head.status < 300:
-                resource.address = None if address == resource.url else address
-                return response
-            if known is None or not _may_have_expired(response.head.status):
-                return response
+        known = resource.address
+        if known is not None:
+            head, address = await self._try(resource, known, headers, accept, landed, redirected)
+            if not _may_have_expired(head.status):
+                return head, origin_of(urlsplit(address))
             if resource.address == known:
                 resource.address = None
+        head, address = await self._try(resource, resource.url, headers, accept, landed, redirected)
+        return head, origin_of(urlsplit(address))
 
     async def aclose(self) -> None:
         """Close the connections; what is under way fails. May be called twice."""
@@ -152,6 +146,26 @@ class HttpClient:
             if plain is not None:
                 await plain.aclose()
 
+    async def _try(
+        self,
+        resource: Resource,
+        address: str,
+        headers: Mapping[str, str],
+        accept: Accept,
+        landed: Landed | None,
+        redirected: Callable[[Head], None] | None,
+    ) -> tuple[Head, str]:
+        """Ask at one address, and note where it led."""
+        try:
+            head, last = await self._follow(address, headers, accept, landed, redirected)
+        except SourceError:
+            if resource.address == address:
+                resource.address = None  # another try may be led to another server
+            raise
+        if head.status < 300:
+            resource.address = None if last == resource.url else last
+        return head, last
+
     async def _follow(
         self,
         address: str,
@@ -159,15 +173,15 @@ class HttpClient:
         accept: Accept,
         landed: Landed | None,
         redirected: Callable[[Head], None] | None,
-    ) -> tuple[Response, str]:
-        """The answer at the end of the redirects, and whose it is."""
+    ) -> tuple[Head, str]:
+        """The head of the answer at the end of the redirects, and whose it is."""
         for _ in range(_MOST_REDIRECTS + 1):
-            response = await self._ask(address, headers, accept, landed)
-            if response.head.status not in _REDIRECTS:
-                return response, address
+            head = (await self._ask(address, headers, accept, landed)).head
+            if head.status not in _REDIRECTS:
+                return head, address
             if redirected is not None:
-                redirected(response.head)
-            address = _next_address(address, response.head.headers.get("location"))
+                redirected(head)
+            address = _next_address(address, head.headers.get("location"))
         raise SourceError(f"{self._origin.host} redirects more than {_MOST_REDIRECTS} times")
 
     async def _ask(self, address: str, headers: Mapping[str, str], accept: Accept, landed: Landed | None) -> Response:

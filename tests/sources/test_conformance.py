@@ -13,6 +13,7 @@ from streamload.sources import Source, open_source
 from streamload.sources.memory import MemorySource
 from streamload.testing import FaultSource, SourceConformance
 from tests.httpserver import FileServer, run_server
+from tests.hubserver import Hub
 from tests.servers import S3Bucket
 
 
@@ -130,3 +131,43 @@ class TestHttpWithoutRanges(TestHttp):
     def _store(self) -> Iterator[None]:
         with run_server(FileServer(ranges=False)) as self.server:
             yield
+
+
+class TestHub(SourceConformance):
+    """A folder of a revision whose name has slashes."""
+
+    keeps_versions = True
+
+    @pytest.fixture(autouse=True)
+    def _store(self, hub: Hub) -> None:
+        self.repository = hub.repositories["org/model"]
+        self.repository.commit({}, "refs/pr/1")
+
+    def open(self) -> Source:
+        return open_source("hf://org/model@refs/pr/1/a folder/")
+
+    def put(self, key: str, content: bytes) -> None:
+        self.repository.commit({f"a folder/{key}": content}, "refs/pr/1")
+
+    def remove(self, key: str) -> None:
+        self.repository.commit({f"a folder/{key}": None}, "refs/pr/1")
+
+
+class TestHubIntoItsCache(SourceConformance):
+    """What one read puts there, the next one takes from there."""
+
+    keeps_versions = True
+
+    @pytest.fixture(autouse=True)
+    def _store(self, hub: Hub) -> None:
+        self.repository = hub.repositories["org/model"]
+        self.repository.commit({})
+
+    def open(self) -> Source:
+        return open_source("hf://org/model", cache=True)
+
+    def put(self, key: str, content: bytes) -> None:
+        self.repository.commit({key: content})
+
+    def remove(self, key: str) -> None:
+        self.repository.commit({key: None})

@@ -44,6 +44,12 @@ _MEMORY_DEFAULT_MOST = 1 << 30
 _MEMORY_LEAST = 1 << 20
 _CONCURRENCY_MOST = 1024
 
+# Only some sources take these; each says which (`Source.options`).
+_OF_SOURCES = ("http_headers",)
+
+# Their values may be secrets.
+_HIDDEN = {"http_headers"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadOptions:
@@ -70,6 +76,8 @@ class LoadOptions:
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
+        http_headers: What goes with each request to an ``http://`` or ``https://`` URI's own host, a token perhaps; no
+            value is ever shown. Other sources have no use for them.
         rank: Load only what this rank needs; ``"auto"``: the rank that torchrun has given this process (``RANK``,
             ``WORLD_SIZE``, and ``LOCAL_RANK`` for a device that is just ``cuda``). `Ranks` says it in full. None: load
             everything. Of a pre-sharded checkpoint, this rank's files are read; of an ordinary one, its slices.
@@ -99,6 +107,7 @@ class LoadOptions:
     verify: Verify = "auto"
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
+    http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
     rank: Rank = None
     world_size: int | None = None
     pp_size: int = 1
@@ -138,6 +147,13 @@ class LoadOptions:
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
         _check(self.on_event is None or callable(self.on_event), "on_event", self.on_event, "a callable")
+        if not isinstance(self.http_headers, Mapping):
+            raise OptionError("http_headers is not a mapping of names to values")
+        object.__setattr__(self, "http_headers", dict(self.http_headers))
+
+    def for_source(self) -> dict[str, Any]:
+        """What is given of the options that only some sources take."""
+        return {name: value for name in _OF_SOURCES if (value := getattr(self, name)) not in (None, (), {})}
 
     def _check_ranks(self) -> None:
         _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
@@ -227,6 +243,7 @@ class Options(TypedDict, total=False):
     verify: Verify
     progress: bool | OnProgress
     on_event: OnEvent | None
+    http_headers: Mapping[str, str]
     rank: Rank
     world_size: int | None
     pp_size: int
@@ -267,7 +284,7 @@ def resolve(
         OptionError: An unknown name, or a value without meaning.
     """
     environment = os.environ if environment is None else environment
-    known = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
+    known = [field.name for field in dataclasses.fields(LoadOptions)]
     for name in given:
         if name not in known:
             raise OptionError(f"there is no option {name!r}; there are {', '.join(known)}")
@@ -280,7 +297,8 @@ def resolve(
             try:
                 values[name] = parse(text)
             except ValueError as error:
-                raise OptionError(f"{variable}={text!r}: {error}") from error
+                shown = "" if name in _HIDDEN else f"={text!r}"
+                raise OptionError(f"{variable}{shown}: {error}") from error
             origins[name] = f"environment ({variable})"
     values.update(given)
     origins.update(dict.fromkeys(given, "argument"))
@@ -362,6 +380,16 @@ def _parse_globs(text: str) -> tuple[str, ...]:
     return tuple(glob.strip() for glob in text.split(",") if glob.strip())
 
 
+def _parse_headers(text: str) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip() or name.strip() in headers:
+            raise ValueError("it is not a line 'Name: value' for each header")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
 _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "device": str.strip,
     "include": _parse_globs,
@@ -375,6 +403,7 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "deadline_s": float,
     "verify": str.strip,
     "progress": _parse_flag,
+    "http_headers": _parse_headers,
     "rank": _parse_number_or_auto,
     "world_size": int,
     "pp_size": int,
@@ -387,6 +416,8 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
 def _shown(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value} ({format_bytes(value)})"
+    if name in _HIDDEN:
+        return ", ".join(cast("Mapping[str, str]", value)) or "none"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, tuple):

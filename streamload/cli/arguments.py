@@ -27,7 +27,7 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         "uri",
         metavar="URI",
         nargs="?" if optional else None,
-        help="a directory, a .safetensors file, s3://bucket/prefix or s3://bucket/key.safetensors",
+        help="a directory, a .safetensors file, s3://bucket/prefix or https://host/folder; or one file of these",
     )
 
 

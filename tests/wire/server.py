@@ -30,6 +30,7 @@ __all__ = [
     "Script",
     "ScriptedServer",
     "answer",
+    "ca_file",
     "client_tls",
     "closing",
     "pattern",
@@ -327,6 +328,13 @@ def server_tls(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLConte
         path.write_bytes(_certificates()[1])
         context.load_cert_chain(path)
     return context
+
+
+def ca_file(folder: Path) -> Path:
+    """A file with the tests' CA in it."""
+    path = folder / "ca.pem"
+    path.write_bytes(_certificates()[0])
+    return path
 
 
 def client_tls() -> ssl.SSLContext:

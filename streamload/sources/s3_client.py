@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from aiobotocore.session import AioSession, get_session
 from botocore.exceptions import ClientError
 from botocore.loaders import Loader, create_loader
 
-from streamload.errors import CredentialsError, SourceError
+from streamload.errors import CredentialsError, ObjectChangedError, SourceError
 from streamload.loan import Loan
 from streamload.sources.s3_errors import (
     EXPIRED,
@@ -26,6 +26,8 @@ from streamload.sources.s3_errors import (
     SKEWED,
     error_code,
     error_headers,
+    is_changed,
+    other_tag,
     translate_s3_error,
 )
 from streamload.sources.s3_signing import ServerClock, Signer, parse_date
@@ -43,6 +45,9 @@ _CREDENTIALS_TIMEOUT_S = 30.0
 # From the request to the head of the answer. The connection's own timeouts do not cover looking up the host's name, or
 # a server that sends its head byte by byte.
 _ANSWER_TIMEOUT_S = 60.0
+
+# An error that is known already does not wait longer for one detail of it.
+_DETAIL_TIMEOUT_S = 5.0
 
 # Statuses that S3 gives for several reasons: expired keys, unknown keys or no permission, no bucket or no object.
 _UNEXPLAINED = {400, 401, 403, 404}
@@ -126,7 +131,8 @@ class S3Client:
             SourceError: Of the kind that fits; not located.
         """
         with self.translating(version=version):
-            return await self._request(operation, **arguments)
+            async with self._pinned(arguments.get("Key", ""), version):
+                return await self._request(operation, **arguments)
 
     async def head(self, key: str) -> dict[str, Any]:
         """HEAD an object.
@@ -144,7 +150,31 @@ class S3Client:
             SourceError: Of the kind that fits; not located.
         """
         with self.translating(version=tag):
-            await self._mended(lambda session: session.wire.get(key, start, end, tag, loan, accept))
+            async with self._pinned(key, tag):
+                await self._mended(lambda session: session.wire.get(key, start, end, tag, loan, accept))
+
+    @asynccontextmanager
+    async def _pinned(self, key: str, version: str | None) -> AsyncIterator[None]:
+        """Find out which version an object has now, where the one that was asked for is gone and nobody says."""
+        try:
+            yield
+        except ClientError as error:
+            if version is None or not is_changed(error) or other_tag(error_headers(error), version):
+                raise
+            now = await self._version_now(key, version)
+            raise ObjectChangedError(f"the object is now {now}; the one seen first was {version}") from None
+
+    async def _version_now(self, key: str, version: str) -> str:
+        try:
+            async with asyncio.timeout(_DETAIL_TIMEOUT_S):
+                tag = (await self.head(key)).get("ETag")
+        except SourceError as error:
+            return f"another version, and which one cannot be told ({error.cause})"
+        except TimeoutError:
+            return f"another version, and which one is not told within {_DETAIL_TIMEOUT_S:g} s"
+        if other_tag({} if tag is None else {"etag": tag}, version) is None:
+            return f"said to be another version, then version {tag} again"
+        return f"version {tag}"
 
     @contextmanager
     def translating(self, *, version: str | None = None) -> Iterator[None]:

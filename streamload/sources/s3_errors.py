@@ -21,7 +21,16 @@ from streamload.errors import (
 )
 from streamload.sources.s3_signing import parse_date
 
-__all__ = ["EXPIRED", "FOREIGN_ERRORS", "SKEWED", "error_code", "error_headers", "translate_s3_error"]
+__all__ = [
+    "EXPIRED",
+    "FOREIGN_ERRORS",
+    "SKEWED",
+    "error_code",
+    "error_headers",
+    "is_changed",
+    "other_tag",
+    "translate_s3_error",
+]
 
 #: What aiobotocore lets out; anything else is a mistake in this package and is not dressed up as an answer of S3's.
 FOREIGN_ERRORS: tuple[type[Exception], ...] = (
@@ -153,6 +162,18 @@ def error_headers(error: boto.ClientError) -> Mapping[str, str]:
     return headers
 
 
+def is_changed(error: boto.ClientError) -> bool:
+    """Whether the object is no longer the version that the request pinned."""
+    code, status = error_code(error)
+    return _CODES.get(code, _STATUSES.get(status) if not code else None) is ObjectChangedError
+
+
+def other_tag(headers: Mapping[str, str], version: str) -> str | None:
+    """The tag that an answer names, where it is another one than the request pinned."""
+    tag = headers.get("etag")
+    return None if tag is None or tag.strip('"') == version.strip('"') else tag
+
+
 def translate_s3_error(error: Exception, *, host: str, bucket: str, version: str | None = None) -> SourceError:
     """The error of ours that says the same; the caller locates it.
 
@@ -218,8 +239,8 @@ def _explanation(error: boto.ClientError, kind: type[SourceError], cause: str, b
     if kind is NotFoundError:
         return "this version marks that the object was deleted" if status == 405 else "there is no such object"
     if kind is ObjectChangedError:
-        tag = error_headers(error).get("etag")
-        if tag is None or tag.strip('"') == (version or "").strip('"'):
+        tag = other_tag(error_headers(error), version or "")
+        if tag is None:
             return f"the object is no longer the version {version} that was seen first"
         return f"the object is now version {tag}; the one seen first was {version}"
     if code == "InvalidObjectState":

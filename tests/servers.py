@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from streamload.testing.s3server import S3Server
 
-__all__ = ["Answer", "BadServer", "S3Bucket", "serve"]
+__all__ = ["Answer", "BadServer", "S3Bucket", "serve", "serve_by"]
+
+_PIECE_BYTES = 64 << 10
 
 
 @dataclass
@@ -42,30 +44,34 @@ class Answer:
         status: The HTTP status.
         headers: Header fields; ``Content-Length`` is added where nothing else ends the body.
         body: What is sent of the body, whatever the length says; nothing where the request is a HEAD.
-        then: Keep the connection for the next request, end it, reset it, or say nothing more.
+        then: Keep the connection for the next request, end it, reset it, say nothing more, or never stop.
     """
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
-    then: Literal["keep", "close", "reset", "hang"] = "keep"
+    then: Literal["keep", "close", "reset", "hang", "flood"] = "keep"
 
 
 class BadServer:
-    """Answers requests with what it was given, one after the other, whatever is asked.
+    """Answers requests with what it was given, one after the other, whatever is asked; or as a function says.
 
     Attributes:
         answers: What is still to be said; the last one is repeated.
+        say: In their place: is given a request's head, and may wait.
         requests: The heads of the requests, as they came.
         asked: Set when a request has come.
         connections: How many connections were made.
+        flooded_bytes: How much was sent by answers that never stop.
     """
 
-    def __init__(self, answers: list[Answer]) -> None:
+    def __init__(self, answers: list[Answer], say: Callable[[str], Awaitable[Answer]] | None = None) -> None:
         self.answers = answers
+        self.say = say
         self.requests: list[str] = []
         self.asked = asyncio.Event()
         self.connections = 0
+        self.flooded_bytes = 0
         self.endpoint = ""
         self._handlers: set[asyncio.Task[None]] = set()
 
@@ -93,8 +99,11 @@ class BadServer:
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode())
-        answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
         self.asked.set()
+        if self.say is not None:
+            answer = await self.say(self.requests[-1])
+        else:
+            answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
         headers = dict(answer.headers)
         if "Transfer-Encoding" not in headers:
             headers.setdefault("Content-Length", str(len(answer.body)))
@@ -104,6 +113,10 @@ class BadServer:
         await writer.drain()
         if answer.then == "hang":
             await asyncio.Event().wait()
+        while answer.then == "flood":
+            writer.write(bytes(_PIECE_BYTES))
+            await writer.drain()
+            self.flooded_bytes += _PIECE_BYTES
         if answer.then == "reset":
             reset = struct.pack("ii", 1, 0)
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
@@ -111,10 +124,18 @@ class BadServer:
         return answer.then == "keep"
 
 
+def serve(*answers: Answer) -> contextlib.AbstractAsyncContextManager[BadServer]:
+    """Run a server with these answers on this loop, on a free port of 127.0.0.1."""
+    return _run(BadServer(list(answers)))
+
+
+def serve_by(say: Callable[[str], Awaitable[Answer]]) -> contextlib.AbstractAsyncContextManager[BadServer]:
+    """The same, but each request is answered as a function says, which may wait."""
+    return _run(BadServer([], say))
+
+
 @contextlib.asynccontextmanager
-async def serve(*answers: Answer) -> AsyncIterator[BadServer]:
-    """Run a server on this loop, on a free port of 127.0.0.1."""
-    bad = BadServer(list(answers))
+async def _run(bad: BadServer) -> AsyncIterator[BadServer]:
     server = await asyncio.start_server(bad.handle, "127.0.0.1", 0)
     bad.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:

@@ -32,6 +32,9 @@ __all__ = ["S3Source"]
 # A listing of so many objects is not a checkpoint's, and would take a minute: 1000 come with each page.
 _MAX_PAGES = 100
 
+# Of a number of 64 bits with a sign.
+_MAX_SIZE_BYTES = (1 << 63) - 1
+
 # Connections beyond those that read: for listing, and for a read that begins while another one's connection is closing.
 _SPARE_CONNECTIONS = 4
 
@@ -209,13 +212,18 @@ class S3Source(Source):
         for _ in range(_MAX_PAGES):
             page = await client.call("list_objects_v2", Prefix=prefix, Delimiter="/", **more)
             for entry in page.get("Contents", ()):
-                key = entry["Key"].removeprefix(prefix)
+                name = entry.get("Key", "")
+                if not name.startswith(prefix) or not name:
+                    raise SourceError(f"{client.host} lists {name!r}, which is not under the prefix that was asked for")
+                key = name.removeprefix(prefix)
                 # Consoles mark a folder with an empty object that is called as the folder is.
                 if key and not key.endswith("/"):
                     objects.append(_object(key, entry.get("Size"), entry.get("ETag")))
-            token = page.get("NextContinuationToken")
-            if not page.get("IsTruncated") or not token:
+            if not page.get("IsTruncated"):
                 return objects
+            token = page.get("NextContinuationToken")
+            if not token:
+                raise SourceError(f"{client.host} says that its listing goes on, and not where")
             more = {"ContinuationToken": token}
         raise SourceError(f"there are more than {len(objects)} objects under this prefix: this is no checkpoint")
 
@@ -337,6 +345,11 @@ def _options_of(rest: str, uri: str) -> tuple[str, dict[str, str]]:
 def _object(key: str, size_bytes: int | None, tag: str | None) -> SourceObject:
     if size_bytes is None or not tag:
         raise SourceError("the server tells no size or no ETag, so no version can be pinned", object=key)
+    if not 0 <= size_bytes <= _MAX_SIZE_BYTES:
+        raise SourceError(f"the server says that the object has {size_bytes} bytes", object=key)
+    # It goes into the head of requests as it is.
+    if not (tag.isascii() and tag.isprintable()):
+        raise SourceError(f"the server tells an ETag that is none: {tag!r}", object=key)
     return SourceObject(key, size_bytes, tag)
 
 

@@ -20,6 +20,7 @@ from botocore.loaders import Loader, create_loader
 
 from streamload.errors import CredentialsError, ObjectChangedError, SourceError
 from streamload.loan import Loan
+from streamload.sources.s3_answers import BoundedSession, StrictParsers
 from streamload.sources.s3_errors import (
     EXPIRED,
     FOREIGN_ERRORS,
@@ -322,11 +323,13 @@ class _Session:
             # The checksum of a whole object says nothing about a range of it.
             response_checksum_validation="when_required",
             user_agent_extra="streamload",
+            http_session_cls=BoundedSession,
         )
         stack = AsyncExitStack()
         try:
             session = get_session()
             session.register_component("data_loader", _models(session.get_config_variable("data_path")))
+            session.register_component("response_parser_factory", StrictParsers())
             credentials = await _find_credentials(session)
             _check_ca_bundle(session)
             client = await stack.enter_async_context(session.create_client("s3", config=config))

@@ -12,11 +12,11 @@ from urllib.parse import SplitResult, urlsplit
 from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.exceptions import ClientError
 from botocore.httpsession import get_cert_path
-from botocore.parsers import ResponseParserError, create_parser
 from botocore.utils import get_environ_proxies
 
 from streamload.errors import SourceError
 from streamload.loan import Loan
+from streamload.sources.s3_answers import parse_refusal
 from streamload.sources.s3_signing import SIGNATURES, Moment, Signer, Signing, signing_of
 from streamload.wire import Head, Lanes, Response, Server
 
@@ -224,19 +224,4 @@ def _text(value: Any) -> str:
 
 def _error(response: Response) -> ClientError:
     """What botocore would have raised."""
-    answer = {
-        "status_code": response.head.status,
-        "headers": dict(response.head.headers),
-        "body": response.explanation,
-    }
-    try:
-        parsed = create_parser("rest-xml").parse(answer, None)
-    except ResponseParserError:  # a proxy's page, perhaps
-        parsed = {
-            "Error": {},
-            "ResponseMetadata": {
-                "HTTPStatusCode": response.head.status,
-                "HTTPHeaders": dict(response.head.headers),
-            },
-        }
-    return ClientError(parsed, "GetObject")
+    return ClientError(parse_refusal(response.head.status, response.head.headers, response.explanation), "GetObject")

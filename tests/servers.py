@@ -1,10 +1,11 @@
-"""Servers for tests: S3's buckets, and one that answers badly."""
+"""Servers for tests: S3's buckets, one that answers badly, and a proxy."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from streamload.testing.s3server import S3Server
 
-__all__ = ["Answer", "BadServer", "S3Bucket", "serve", "serve_by"]
+__all__ = ["Answer", "BadServer", "S3Bucket", "Tunnels", "run_tunnels", "serve", "serve_by"]
 
 _PIECE_BYTES = 64 << 10
 
@@ -124,23 +125,84 @@ class BadServer:
         return answer.then == "keep"
 
 
-def serve(*answers: Answer) -> contextlib.AbstractAsyncContextManager[BadServer]:
+def serve(*answers: Answer, tls: ssl.SSLContext | None = None) -> contextlib.AbstractAsyncContextManager[BadServer]:
     """Run a server with these answers on this loop, on a free port of 127.0.0.1."""
-    return _run(BadServer(list(answers)))
+    return _run(BadServer(list(answers)), tls)
 
 
-def serve_by(say: Callable[[str], Awaitable[Answer]]) -> contextlib.AbstractAsyncContextManager[BadServer]:
+def serve_by(
+    say: Callable[[str], Awaitable[Answer]], *, tls: ssl.SSLContext | None = None
+) -> contextlib.AbstractAsyncContextManager[BadServer]:
     """The same, but each request is answered as a function says, which may wait."""
-    return _run(BadServer([], say))
+    return _run(BadServer([], say), tls)
 
 
 @contextlib.asynccontextmanager
-async def _run(bad: BadServer) -> AsyncIterator[BadServer]:
-    server = await asyncio.start_server(bad.handle, "127.0.0.1", 0)
-    bad.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+async def _run(bad: BadServer, tls: ssl.SSLContext | None) -> AsyncIterator[BadServer]:
+    server = await asyncio.start_server(bad.handle, "127.0.0.1", 0, ssl=tls)
+    bad.endpoint = f"http{'s' if tls else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield bad
     finally:
         server.close()
         await bad.close()
         await server.wait_closed()
+
+
+@dataclass
+class Tunnels:
+    """An HTTP proxy that lets TLS through.
+
+    Attributes:
+        url: Where it is.
+        asked: To which hosts and ports it was asked to lead.
+    """
+
+    url: str = ""
+    asked: list[str] = field(default_factory=list)
+
+
+@contextlib.asynccontextmanager
+async def run_tunnels() -> AsyncIterator[Tunnels]:
+    """Run a proxy on this loop, on a free port of 127.0.0.1."""
+    tunnels = Tunnels()
+    open_: set[asyncio.Task[None]] = set()
+
+    async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        open_.add(task)
+        far = None
+        try:
+            method, target, _ = (await reader.readuntil(b"\r\n\r\n")).decode().split(" ", 2)
+            assert method == "CONNECT"
+            tunnels.asked.append(target)
+            host, _, port = target.rpartition(":")
+            far_reader, far = await asyncio.open_connection(host, int(port))
+            writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+            await asyncio.gather(_pass_on(reader, far), _pass_on(far_reader, writer))
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass  # either side has left, or the test is over
+        finally:
+            open_.discard(task)
+            for each in (writer, far):
+                if each is not None:
+                    each.transport.abort()
+
+    server = await asyncio.start_server(tunnel, "127.0.0.1", 0)
+    tunnels.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield tunnels
+    finally:
+        server.close()
+        for task in list(open_):
+            task.cancel()
+        await asyncio.gather(*open_)
+        await server.wait_closed()
+
+
+async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(64 << 10):
+        writer.write(data)
+        await writer.drain()
+    raise ConnectionResetError("it has left")

@@ -32,6 +32,9 @@ __all__ = ["S3Source"]
 # A listing of so many objects is not a checkpoint's, and would take a minute: 1000 come with each page.
 _MAX_PAGES = 100
 
+# Of those that are named where there is nothing beside them.
+_SHOWN_FOLDERS = 5
+
 # Of a number of 64 bits with a sign.
 _MAX_SIZE_BYTES = (1 << 63) - 1
 
@@ -47,6 +50,9 @@ _ARN = re.compile(
     r")(?:/(?P<path>.*))?",
     re.DOTALL,
 )
+
+# All that any bucket's name can have: S3 itself and its likes are stricter, each in its own way.
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 # What may follow a question mark; after any other word it belongs to the key, which may have one.
 _OPTIONS = re.compile(r"(?:versionId|requestPayer)=[^&?/]*(?:&(?:versionId|requestPayer)=[^&?/]*)*")
@@ -115,11 +121,11 @@ class S3Source(Source):
             return [await self.stat(self._place.name)]
         async with self._operations.running():
             try:
-                objects = await self._list_folder(await self._open())
+                objects, folders = await self._list_folder(await self._open())
             except SourceError as error:
                 raise error.locate(uri=self.uri) from None
         if not objects:
-            raise NotFoundError("there are no objects under this prefix", uri=self.uri)
+            raise NotFoundError(f"there are no objects under this prefix{_shown(folders)}", uri=self.uri)
         return sorted(objects, key=lambda object: object.key)
 
     async def stat(self, key: str) -> SourceObject:
@@ -205,9 +211,11 @@ class S3Source(Source):
     def _count(self) -> None:
         self.requests += 1
 
-    async def _list_folder(self, client: S3Client) -> Sequence[SourceObject]:
+    async def _list_folder(self, client: S3Client) -> tuple[Sequence[SourceObject], Sequence[str]]:
+        """The objects, and the names of some of the folders beside them."""
         prefix = self._place.prefix
         objects: list[SourceObject] = []
+        folders: list[str] = []
         more: dict[str, str] = {}
         for _ in range(_MAX_PAGES):
             page = await client.call("list_objects_v2", Prefix=prefix, Delimiter="/", **more)
@@ -219,8 +227,10 @@ class S3Source(Source):
                 # Consoles mark a folder with an empty object that is called as the folder is.
                 if key and not key.endswith("/"):
                     objects.append(_object(key, entry.get("Size"), entry.get("ETag")))
+            if len(folders) <= _SHOWN_FOLDERS:
+                folders += [str(entry.get("Prefix")).removeprefix(prefix) for entry in page.get("CommonPrefixes", ())]
             if not page.get("IsTruncated"):
-                return objects
+                return objects, folders
             token = page.get("NextContinuationToken")
             if not token:
                 raise SourceError(f"{client.host} says that its listing goes on, and not where")
@@ -308,14 +318,19 @@ class _Place(NamedTuple):
 def _place_of(uri: str) -> _Place:
     rest, options = _options_of(uri.partition("://")[2], uri)
     bucket, _, path = rest.partition("/")
+    arn = _ARN.fullmatch(rest)
     if bucket.startswith("arn:"):
-        arn = _ARN.fullmatch(rest)
         if arn is None:
             raise OptionError("this is not the ARN of an access point, with a prefix or key after it or not", uri=uri)
         bucket, path = arn["bucket"], arn["path"] or ""
     # Who writes user:password@bucket may mean it; it has no meaning here, and must not come as far as a message.
     if not bucket or "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
         raise OptionError("an S3 URI is s3://bucket, s3://bucket/prefix or s3://bucket/key.safetensors", uri=uri)
+    if not arn and not _BUCKET.fullmatch(bucket):
+        raise OptionError(
+            f"{bucket!r} cannot be a bucket's name: those have letters, digits, dots, dashes and underscores only",
+            uri=uri,
+        )
     version_id, requester_pays = options.get("versionId"), "requestPayer" in options
     if path.endswith(".safetensors"):
         folder, slash, name = path.rpartition("/")
@@ -340,6 +355,14 @@ def _options_of(rest: str, uri: str) -> tuple[str, dict[str, str]]:
             raise OptionError(f"{name} is {value!r}: what is known is versionId=ID and requestPayer=requester", uri=uri)
         options[name] = value
     return before, options
+
+
+def _shown(folders: Sequence[str]) -> str:
+    """The folders that somebody may have meant."""
+    if not folders:
+        return ""
+    more = ", …" if len(folders) > _SHOWN_FOLDERS else ""
+    return f", only folders: {', '.join(folders[:_SHOWN_FOLDERS])}{more}"
 
 
 def _object(key: str, size_bytes: int | None, tag: str | None) -> SourceObject:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession, get_session
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, ConnectionClosedError
 from botocore.loaders import Loader, create_loader
 
 from streamload.errors import CredentialsError, ObjectChangedError, SourceError
@@ -34,7 +34,7 @@ from streamload.sources.s3_errors import (
 from streamload.sources.s3_signing import ServerClock, Signer, parse_date
 from streamload.sources.s3_wire import S3Wire
 from streamload.uris import scrub_uri
-from streamload.wire import Head, Lanes
+from streamload.wire import ONLY_TLS, Head, Lanes, speaks_tls
 
 __all__ = ["Asked", "S3Client"]
 
@@ -54,6 +54,10 @@ _DETAIL_TIMEOUT_S = 5.0
 _UNEXPLAINED = {400, 401, 403, 404}
 
 _REDIRECTS = {301, 302, 307}
+
+# Where botocore finds the region: the option of a profile, variables, a default, a conversion. It knows the second
+# variable only; all other AWS tools go by the first, before the second.
+_VARIABLES = {"region": ("region", ["AWS_REGION", "AWS_DEFAULT_REGION"], None, None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +136,20 @@ class S3Client:
             SourceError: Of the kind that fits; not located.
         """
         with self.translating(version=version):
-            async with self._pinned(arguments.get("Key", ""), version):
-                return await self._request(operation, **arguments)
+            try:
+                async with self._pinned(arguments.get("Key", ""), version):
+                    return await self._request(operation, **arguments)
+            except ConnectionClosedError:
+                if await self._expects_tls():
+                    raise SourceError(f"no answer from {self.host}: {ONLY_TLS}") from None
+                raise
+
+    async def _expects_tls(self) -> bool:
+        """Whether a server that has never answered is spoken to in plain text and does not understand it."""
+        endpoint = urlsplit(self._session.endpoint)
+        if self._session.served or endpoint.scheme != "http" or endpoint.hostname is None:
+            return False
+        return await speaks_tls(endpoint.hostname, endpoint.port or 80, timeout_s=_DETAIL_TIMEOUT_S)
 
     async def head(self, key: str) -> dict[str, Any]:
         """HEAD an object.
@@ -327,7 +343,7 @@ class _Session:
         )
         stack = AsyncExitStack()
         try:
-            session = get_session()
+            session = get_session(_VARIABLES)
             session.register_component("data_loader", _models(session.get_config_variable("data_path")))
             session.register_component("response_parser_factory", StrictParsers())
             credentials = await _find_credentials(session)
@@ -452,7 +468,11 @@ async def _find_credentials(session: AioSession) -> Any:
 
 
 def _check_ca_bundle(session: AioSession) -> None:
-    """A bundle that is not there would show as a connection that breaks, again and again."""
+    """A bundle that is not there, or is none, would show as a connection that breaks, again and again."""
     bundle = session.get_config_variable("ca_bundle")
-    if bundle and not Path(bundle).exists():
-        raise SourceError(f"the CA bundle {bundle!r} that the AWS configuration names is not there")
+    if bundle:
+        try:
+            ssl.create_default_context(cafile=bundle)
+        except OSError as error:  # ssl.SSLError is one, too
+            cause = error.strerror or error
+            raise SourceError(f"the CA bundle {bundle!r} that the AWS configuration names is none: {cause}") from None

@@ -145,6 +145,8 @@ class S3Wire:
             error = _error(response)
             if response.head.status < 400 or error.response["Error"].get("Code") in _ELSEWHERE:
                 self._targets.pop(key, None)
+                # The URL may stay the same, and the region that is signed for not.
+                self._heads.pop(target.url, None)
                 raise UnservedError(f"redirected ({error.response['Error'].get('Code') or response.head.status})")
             raise error
 

@@ -9,6 +9,7 @@ from collections import Counter
 
 from streamload.errors import ClosedError, SourceError, TransientError
 from streamload.wire.connection import Connection, Landed, Place, Response
+from streamload.wire.tls import NO_TLS, is_plain
 
 __all__ = ["Pool"]
 
@@ -125,9 +126,12 @@ class Pool:
             except ssl.SSLCertVerificationError as refused:
                 raise SourceError(f"no secure connection to {self.name}: {refused.verify_message}") from None
             except (OSError, TimeoutError) as failure:  # ssl.SSLError is an OSError
+                if is_plain(failure):
+                    raise SourceError(f"no secure connection to {self.name}: {NO_TLS}") from None
                 error = failure
                 self._shunned[address] = asyncio.get_running_loop().time()
-        cause = f"no answer within {self._connect_timeout_s:g} s" if isinstance(error, TimeoutError) else error
+        late = f"no answer within {self._connect_timeout_s:g} s"
+        cause = late if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise TransientError(f"cannot reach {self.name}: {cause}", throttled=isinstance(error, TimeoutError))
 
     async def _connect_to(self, address: str) -> Connection:

@@ -30,6 +30,7 @@ __all__ = [
     "Script",
     "ScriptedServer",
     "answer",
+    "ca_pem",
     "client_tls",
     "closing",
     "pattern",
@@ -327,6 +328,11 @@ def server_tls(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLConte
         path.write_bytes(_certificates()[1])
         context.load_cert_chain(path)
     return context
+
+
+def ca_pem() -> bytes:
+    """The certificate of whoever has signed the server's."""
+    return _certificates()[0]
 
 
 def client_tls() -> ssl.SSLContext:

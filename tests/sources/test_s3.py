@@ -326,6 +326,37 @@ def test_uris_that_make_no_sense(uri: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["my bucket", "bücket", "a\nb", "a%20b", "a" * 256, "b&c"])
+@pytest.mark.parametrize("path", ["", "/llama", "/a.safetensors"])
+def test_names_that_no_bucket_can_have(name: str, path: str) -> None:
+    with pytest.raises(OptionError, match="cannot be a bucket's name: those have letters, digits") as caught:
+        S3Source(f"s3://{name}{path}")
+    assert repr(name) in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("keys", "cause"),
+    [
+        ([], "there are no objects under this prefix"),
+        (["llama-2/a"], "there are no objects under this prefix"),
+        (["llama/"], "there are no objects under this prefix"),
+        (["llama/1b/a", "llama/7b/a/b"], "there are no objects under this prefix, only folders: 1b/, 7b/"),
+        ([f"llama/{n}/a" for n in range(7)], "under this prefix, only folders: 0/, 1/, 2/, 3/, 4/, …"),
+    ],
+)
+def test_folders_are_named_where_there_is_nothing_else(s3_bucket: S3Bucket, keys: list[str], cause: str) -> None:
+    for key in keys:
+        s3_bucket.put(key, b"" if key.endswith("/") else b"x")
+
+    async def body() -> None:
+        async with S3Source(f"{s3_bucket.uri}/llama") as source:
+            with pytest.raises(NotFoundError) as caught:
+                await source.list()
+            assert caught.value.cause.endswith(cause)
+
+    run_on_each_loop(body)
+
+
 @pytest.mark.parametrize("uri", ["s3://not_a_bucket_/llama", "s3://ab/llama"])
 def test_buckets_that_cannot_be(aws_env: S3Server, uri: str) -> None:
     async def body() -> None:

@@ -51,6 +51,7 @@ class LoadOptions:
         order: ``"completion"`` yields tensors as they are complete, ``"file"`` in the order of the files' bytes.
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
         verify: ``"auto"`` checks content against the checksums that the source keeps; ``"off"`` does not.
+        s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
@@ -67,6 +68,7 @@ class LoadOptions:
     order: Order = "completion"
     deadline_s: float | None = None
     verify: Verify = "auto"
+    s3_anonymous: bool = False
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
 
@@ -95,7 +97,7 @@ class LoadOptions:
         _check(self.verify in ("auto", "off"), "verify", self.verify, "'auto' or 'off'")
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
-        for name in ("strict_memory",):
+        for name in ("strict_memory", "s3_anonymous"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
@@ -116,6 +118,7 @@ class Options(TypedDict, total=False):
     order: Order
     deadline_s: float | None
     verify: Verify
+    s3_anonymous: bool
     progress: bool | OnProgress
     on_event: OnEvent | None
 
@@ -224,6 +227,7 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
+    "s3_anonymous": _parse_flag,
     "progress": _parse_flag,
 }
 

@@ -82,6 +82,7 @@ class TestLoadOptions:
             {"deadline_s": True},
             {"strict_memory": 1},
             {"strict_memory": None},
+            {"s3_anonymous": 1},
             {"progress": None},
             {"progress": "yes"},
             {"on_event": 7},
@@ -108,6 +109,7 @@ class TestLoadOptions:
             {"deadline_s": 0.5},
             {"deadline_s": 3},
             {"strict_memory": True},
+            {"s3_anonymous": True},
             {"progress": print},
             {"on_event": print},
         ],
@@ -136,6 +138,7 @@ class TestResolve:
             "STREAMLOAD_ORDER": "file",
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
+            "STREAMLOAD_S3_ANONYMOUS": "true",
             "STREAMLOAD_PROGRESS": "1",
             "STREAMLOAD_SOMETHING_ELSE": "ignored",
         }
@@ -150,6 +153,7 @@ class TestResolve:
             order="file",
             deadline_s=2.5,
             verify="off",
+            s3_anonymous=True,
             progress=True,
         )
         origins = _origins(environment)

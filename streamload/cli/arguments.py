@@ -48,6 +48,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument(
+        "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
+    )
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
 
 

@@ -26,12 +26,13 @@ _BUILT_IN = {
 _GROUP = "streamload.sources"
 
 
-def open_source(uri: str, *, concurrency: int | None = None) -> Source:
+def open_source(uri: str, *, concurrency: int | None = None, s3_anonymous: bool = False) -> Source:
     """Make the source that a URI asks for. Nothing is opened or requested yet.
 
     Args:
         uri: A path, or a URI with one of the known schemes.
         concurrency: How many reads should be possible at once; by default, the source's own number.
+        s3_anonymous: Whether S3 is asked without credentials; other sources have no such question.
 
     Returns:
         A source that has not been entered.
@@ -49,7 +50,8 @@ def open_source(uri: str, *, concurrency: int | None = None) -> Source:
         factory: SourceFactory = getattr(import_module(module), name)
     else:
         factory = _load(scheme, uri)
-    source = factory(uri, concurrency=concurrency)
+    more = {"anonymous": True} if s3_anonymous and scheme == "s3" else {}
+    source = factory(uri, concurrency=concurrency, **more)
     if not isinstance(source, Source):
         raise OptionError(f"what serves {scheme}:// made a {type(source).__name__}, not a Source", uri=uri)
     return source

@@ -78,6 +78,7 @@ class S3Source(Source):
     Args:
         uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it, nor has any other ``?``.
         concurrency: How many reads should be possible at once; by default, the class's `most_concurrency`.
+        anonymous: Whether to ask without credentials, and not to look for any.
         connect_timeout_s: How long making a connection may take: two lost packets are mended after 3 s.
         read_timeout_s: How long a connection may be silent. S3 sends the first byte within a second nearly always; a
             store that fetches from a slower one takes longer.
@@ -104,12 +105,14 @@ class S3Source(Source):
         uri: str,
         *,
         concurrency: int | None = None,
+        anonymous: bool = False,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 20.0,
     ) -> None:
         super().__init__(uri)
         self._place = _place_of(uri)
         self._connections = (concurrency or self.most_concurrency or self.concurrency) + _SPARE_CONNECTIONS
+        self._anonymous = anonymous
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._operations = Operations()
@@ -201,6 +204,7 @@ class S3Source(Source):
                         self._place.bucket,
                         versions=self._place.versions,
                         requester_pays=self._place.requester_pays,
+                        anonymous=self._anonymous,
                         connections=self._connections,
                         connect_timeout_s=self._connect_timeout_s,
                         read_timeout_s=self._read_timeout_s,

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession, get_session
+from botocore import UNSIGNED
 from botocore.exceptions import ClientError, ConnectionClosedError
 from botocore.loaders import Loader, create_loader
 
@@ -68,6 +69,7 @@ class Asked:
         bucket: The bucket's name or alias, or the ARN of an access point.
         versions: The version ids of those keys that are not read at their newest version.
         requester_pays: Whether whoever asks agrees to pay for it.
+        anonymous: Whether requests are signed by nobody.
         connections: How many connections there may be at once.
         connect_timeout_s: How long making one may take, in seconds.
         read_timeout_s: How long it may be silent, in seconds.
@@ -76,6 +78,7 @@ class Asked:
     bucket: str
     versions: dict[str, str]
     requester_pays: bool
+    anonymous: bool
     connections: int
     connect_timeout_s: float
     read_timeout_s: float
@@ -324,7 +327,7 @@ class _Session:
         self._asked = asked
         self.endpoint = str(client.meta.endpoint_url)
         self.region = str(client.meta.region_name)
-        self.kind_of_credentials = str(credentials.method)
+        self.kind_of_credentials = "none, as asked for" if credentials is None else str(credentials.method)
         self.served = False
 
     @classmethod
@@ -340,13 +343,14 @@ class _Session:
             response_checksum_validation="when_required",
             user_agent_extra="streamload",
             http_session_cls=BoundedSession,
+            **({"signature_version": UNSIGNED} if asked.anonymous else {}),
         )
         stack = AsyncExitStack()
         try:
             session = get_session(_VARIABLES)
             session.register_component("data_loader", _models(session.get_config_variable("data_path")))
             session.register_component("response_parser_factory", StrictParsers())
-            credentials = await _find_credentials(session)
+            credentials = None if asked.anonymous else await _find_credentials(session)
             _check_ca_bundle(session)
             client = await stack.enter_async_context(session.create_client("s3", config=config))
         except FOREIGN_ERRORS as error:
@@ -358,7 +362,7 @@ class _Session:
         opened = cls(client, credentials, stack, asked)
         opened.wire = S3Wire(
             client,
-            Signer(client, credentials, clock),
+            None if credentials is None else Signer(client, credentials, clock),
             asked.bucket,
             lanes,
             verify=session.get_config_variable("ca_bundle"),
@@ -463,6 +467,7 @@ async def _find_credentials(session: AioSession) -> Any:
     if credentials is None:
         raise CredentialsError(
             "no AWS credentials were found: not in the environment, nor in a profile, a container or an instance's role"
+            " (a public bucket is read with s3_anonymous=True, --s3-anonymous or STREAMLOAD_S3_ANONYMOUS=1)"
         )
     return credentials
 

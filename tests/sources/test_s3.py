@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,7 @@ from streamload.errors import (
     TransientError,
 )
 from streamload.loan import Loan
-from streamload.sources import SourceObject
+from streamload.sources import Source, SourceObject, open_source
 from streamload.sources.s3 import S3Source
 from streamload.testing import run_on_each_loop
 from streamload.testing.s3server import S3Server
@@ -32,7 +33,7 @@ def _loan(nbytes: int) -> Loan:
     return Loan([memoryview(bytearray(nbytes))])
 
 
-async def _read(source: S3Source, object: SourceObject) -> bytes:
+async def _read(source: Source, object: SourceObject) -> bytes:
     memory = bytearray(object.size_bytes)
     await source.read(object, 0, object.size_bytes, Loan([memoryview(memory)]))
     return bytes(memory)
@@ -187,10 +188,40 @@ def test_no_credentials(clean_aws_env: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         async with S3Source("s3://bucket/llama") as source:
             for call in (source.list(), source.stat(_KEY)):
-                with pytest.raises(CredentialsError, match="no AWS credentials were found"):
+                with pytest.raises(CredentialsError, match=r"no AWS credentials were found: .*s3_anonymous=True"):
                     await call
             assert source.requests == 0
             assert (await source.describe())["credentials"].startswith("none: ")
+
+    run_on_each_loop(body)
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_without_credentials_a_public_bucket_is_read_and_no_other(
+    s3_bucket: S3Bucket, clean_aws_env: pytest.MonkeyPatch, keys: bool
+) -> None:
+    s3_bucket.put(_KEY, b"0123456789")
+    statement = {"Effect": "Allow", "Principal": "*", "Action": "*", "Resource": f"arn:aws:s3:::{s3_bucket.name}*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    s3_bucket.client.delete_public_access_block(Bucket=s3_bucket.name)
+    if not keys:
+        clean_aws_env.delenv("AWS_ACCESS_KEY_ID")
+        clean_aws_env.delenv("AWS_SECRET_ACCESS_KEY")
+
+    async def body() -> None:
+        async with S3Source(s3_bucket.uri, anonymous=True) as source:
+            for call in (source.list, lambda: source.stat(_KEY)):
+                with pytest.raises(AccessError, match="AccessDenied"):
+                    await call()
+        s3_bucket.client.put_bucket_policy(Bucket=s3_bucket.name, Policy=policy)
+        async with open_source(s3_bucket.uri, s3_anonymous=True) as source:
+            (object,) = await source.list()
+            assert await source.stat(_KEY) == object
+            for _ in range(2):
+                assert await _read(source, object) == b"0123456789"
+            assert source.paths == {"from the socket into place": 20}
+            assert (await source.describe())["credentials"] == "none, as asked for"
+        s3_bucket.client.delete_bucket_policy(Bucket=s3_bucket.name)
 
     run_on_each_loop(body)
 

@@ -45,7 +45,7 @@ _MEMORY_LEAST = 1 << 20
 _CONCURRENCY_MOST = 1024
 
 # Only some sources take these; each says which (`Source.options`).
-_OF_SOURCES = ("http_headers",)
+_OF_SOURCES = ("http_headers", "s3_anonymous")
 
 # Their values may be secrets.
 _HIDDEN = {"http_headers"}
@@ -73,6 +73,7 @@ class LoadOptions:
         verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
             as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
             ``"off"`` does not.
+        s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
@@ -105,6 +106,7 @@ class LoadOptions:
     order: Order = "completion"
     deadline_s: float | None = None
     verify: Verify = "auto"
+    s3_anonymous: bool = False
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
     http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
@@ -142,7 +144,7 @@ class LoadOptions:
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
         self._check_ranks()
-        for name in ("strict_memory", "expert_parallel"):
+        for name in ("strict_memory", "expert_parallel", "s3_anonymous"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
@@ -153,7 +155,7 @@ class LoadOptions:
 
     def for_source(self) -> dict[str, Any]:
         """What is given of the options that only some sources take."""
-        return {name: value for name in _OF_SOURCES if (value := getattr(self, name)) not in (None, (), {})}
+        return {name: value for name in _OF_SOURCES if (value := getattr(self, name))}
 
     def _check_ranks(self) -> None:
         _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
@@ -241,6 +243,7 @@ class Options(TypedDict, total=False):
     order: Order
     deadline_s: float | None
     verify: Verify
+    s3_anonymous: bool
     progress: bool | OnProgress
     on_event: OnEvent | None
     http_headers: Mapping[str, str]
@@ -402,6 +405,7 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
+    "s3_anonymous": _parse_flag,
     "progress": _parse_flag,
     "http_headers": _parse_headers,
     "rank": _parse_number_or_auto,

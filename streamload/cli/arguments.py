@@ -62,6 +62,9 @@ def _add_reads(group: argparse._ArgumentGroup) -> None:
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument(
+        "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
+    )
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
 
 

@@ -90,13 +90,13 @@ class TestLoadOptions:
             {"on_event": 7},
             {"placements": "guess"},
             {"placements": None},
-            {"pp_size": 0},
+            {"pp_size": 0, "rank": 0, "world_size": 1},
             {"uneven": "floor"},
             {"expert_parallel": 1},
         ],
     )
     def test_refuse(self, given: dict[str, Any]) -> None:
-        (name,) = given
+        name = next(iter(given))
         with pytest.raises(OptionError, match=f"^{name}="):
             LoadOptions(**given)
 

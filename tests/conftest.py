@@ -73,6 +73,8 @@ def hub(tmp_path: Path, clean_aws_env: pytest.MonkeyPatch) -> Iterator[Hub]:
     clean_aws_env.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     clean_aws_env.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     clean_aws_env.setattr(constants, "HF_HUB_OFFLINE", False)
+    # What it asks the Hub for on its own account, and notes down in the user's home.
+    clean_aws_env.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "agent-harnesses.json"))
     with run_hub() as hub:
         hub.repositories["org/model"] = Repository()
         clean_aws_env.setattr(constants, "ENDPOINT", hub.endpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import torch
 from aiohttp import web
 
 import streamload
+from streamload.checkpoint import MANIFEST_NAME
 from streamload.errors import ObjectChangedError
+from streamload.pipeline.verify import BY_MANIFEST
 from tests.checkpoints import read_with_safetensors, same_tensor, varied_tensors, write_sharded
 from tests.cli.programs import Program
 from tests.httpserver import FileServer, cut, run_server
@@ -50,13 +53,23 @@ def test_a_folder_and_its_report(server: FileServer, expected: dict[str, torch.T
     report = stream.report
     assert "secret" not in str(report) + str(report.to_dict())
     assert report.source == "http"
-    # The index, its size before; for each of three files its size, its header and its reads.
-    assert report.requests == len(server.seen) == 2 + 3 * 2 + report.reads
+    # The index, its size before; for each of three files its size, its header and its reads; a manifest is looked for.
+    assert report.requests == len(server.seen) == 2 + 3 * 2 + report.reads + 1
     assert {seen.query for seen in server.seen} == {"sig=secret"}
     assert {seen.headers["x-token"] for seen in server.seen} == {"secret"}
     assert list(report.paths) == ["from the socket into place"]
     assert report.verified == {}
     assert sum(report.unverified.values()) == report.total_bytes
+
+
+def test_a_manifest_beside_it_is_found(server: FileServer, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    streamload.write_manifest(copy)
+    server.put(f"/llama/{MANIFEST_NAME}", (copy / MANIFEST_NAME).read_bytes())
+    with streamload.stream(f"{server.origin}/llama", verify="require") as stream:
+        assert dict(stream)
+    assert stream.report.verified == {BY_MANIFEST: stream.report.total_bytes}
 
 
 def test_one_file(server: FileServer, folder: Path) -> None:

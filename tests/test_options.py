@@ -230,6 +230,9 @@ class TestResolve:
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"
+        # Of one repository, not of a process.
+        for name in ("revision", "allow_patterns", "ignore_patterns", "download_dir", "cache"):
+            assert origins.pop(name) == "default"
         assert origins.pop("placements") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
 

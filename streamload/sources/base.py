@@ -143,6 +143,14 @@ class Source(ABC):
         """
         return None
 
+    async def sha256(self, object: SourceObject) -> bytes | None:
+        """The SHA-256 of an object's content, at its pinned version; None where the store does not keep it.
+
+        Raises:
+            SourceError: It cannot be had.
+        """
+        return None
+
     @abstractmethod
     async def aclose(self) -> None:
         """End everything that the source started: connections, threads, open files. May be called twice."""

@@ -42,7 +42,7 @@ _log = logging.getLogger("streamload.sources")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 
 _URI = re.compile(
-    rf"(?P<repository>{_NAME}(?:/{_NAME})?)"
+    rf"(?P<repository>{_NAME}/{_NAME}|{_NAME}(?=@|$))"
     # These two kinds of revisions have slashes, which nobody escapes.
     r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?"
     r"(?:/(?P<path>.*))?",
@@ -173,6 +173,14 @@ class HubSource(Source):
                     error.object = object.key  # not where it lies in the cache
                 raise error.locate(uri=self.uri, object=object.key, start=start, end=end) from None
 
+    async def sha256(self, object: SourceObject) -> bytes | None:
+        check_key(object.key, uri=self.uri)
+        async with self._operations.running():
+            try:
+                return self._file(await self._open(), object.key).sha256
+            except StreamloadError as error:
+                raise error.locate(uri=self.uri, object=object.key) from None
+
     async def describe(self) -> dict[str, str]:
         async with self._operations.running():
             try:
@@ -219,8 +227,18 @@ class HubSource(Source):
                     snapshot = await self._run(self._look_up)
                     if not snapshot.offline:
                         self._count()
-                    self._opened = _Opened(snapshot, self._timeouts, self._count, self.paths, keep=self._cached)
+                    self._opened = _Opened(snapshot, self._timeouts, self._count, self.paths, keep=self._kept(snapshot))
         return self._opened
+
+    def _kept(self, snapshot: Snapshot) -> set[str] | None:
+        """The weights that make up what the URI names; None where nothing is to be kept."""
+        if not self._cached:
+            return None
+        place = self._place
+        if place.name is not None:
+            return {place.folder + place.name}
+        names = {path.removeprefix(place.folder) for path in snapshot.files if path.startswith(place.folder)}
+        return {place.folder + name for name in names if name.endswith(".safetensors") and "/" not in name}
 
     async def _run(self, call: Callable[[], T]) -> T:
         """Make a blocking call on a thread. Cancelled, the call goes on, and closing waits for it."""
@@ -328,7 +346,7 @@ class _Opened:
         count: Callable[[], None],
         paths: dict[str, int],
         *,
-        keep: bool,
+        keep: set[str] | None,
     ) -> None:
         self.snapshot = snapshot
         self.origin: Origin = origin_of(urlsplit(snapshot.asked.endpoint))
@@ -344,7 +362,7 @@ class _Opened:
             )
         self.local = LocalSource(snapshot.folder)
         self.cached: dict[str, SourceObject] = {}
-        self.writer = CacheWriter(snapshot) if keep else None
+        self.writer = None if keep is None else CacheWriter(snapshot, keep)
         self._resources: dict[str, Resource] = {}
 
     def resource(self, file: HubFile) -> Resource:

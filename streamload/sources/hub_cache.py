@@ -18,7 +18,7 @@ import os
 import threading
 import uuid
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -39,9 +39,11 @@ class CacheWriter:
 
     Args:
         snapshot: The repository at one commit.
+        weights: The paths of all files of weights that may belong to what is read.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, weights: Collection[str]) -> None:
+        self._weights = frozenset(weights)
         self._snapshot = snapshot
         self._lock = threading.Lock()
         self._partial: dict[str, _Blob] = {}
@@ -131,10 +133,8 @@ class CacheWriter:
 
         With an index file that is plain to see; without one, every file counts.
         """
-        weights = {path for path in self._snapshot.files if path.endswith(".safetensors")}
-        return bool(self._whole) and (
-            any(path.endswith(".safetensors.index.json") for path in self._whole) or weights <= self._whole.keys()
-        )
+        indexed = any(path.endswith(".safetensors.index.json") for path in self._whole)
+        return bool(self._whole) and (indexed or self._weights <= self._whole.keys())
 
     def _publish(self) -> None:
         snapshot = self._snapshot

@@ -46,9 +46,9 @@ class HubFile:
     cached: str | None
 
     @property
-    def sha256(self) -> int | None:
-        """Of its content, where the Hub keeps it."""
-        return int(self.etag, 16) if len(self.etag) == 64 else None
+    def sha256(self) -> bytes | None:
+        """Of its content, where the Hub keeps it: for files in LFS."""
+        return bytes.fromhex(self.etag) if len(self.etag) == 64 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,12 @@ class LoadOptions:
             so, whatever the link would bear: for those who share it. None: no limit.
         order: ``"completion"`` yields tensors as they are complete, ``"file"`` in the order of the files' bytes.
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
+        source: What serves the URI: ``"runai"``, or the scheme of any other source; None: the URI's own scheme.
+        runai_chunk_bytes: How large the requests of Run:ai's engine are, in bytes. None: the engine's choice.
+        runai_request_timeout_s: How long a request of that engine's to S3 may be silent before it makes it again. None:
+            20 seconds.
+        runai_virtual_addressing: Whether that engine names the bucket in the host's name. None: as streamload's own S3
+            client does it.
         verify: ``"auto"`` checks content against the checksums that the source keeps; ``"off"`` does not.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
@@ -67,6 +73,10 @@ class LoadOptions:
     order: Order = "completion"
     deadline_s: float | None = None
     verify: Verify = "auto"
+    source: str | None = None
+    runai_chunk_bytes: int | None = None
+    runai_request_timeout_s: float | None = None
+    runai_virtual_addressing: bool | None = None
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
 
@@ -95,6 +105,13 @@ class LoadOptions:
         _check(self.verify in ("auto", "off"), "verify", self.verify, "'auto' or 'off'")
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
+        _check(self.source is None or bool(self.source), "source", self.source, "the name of a source")
+        if self.runai_chunk_bytes is not None:
+            _check_integer("runai_chunk_bytes", self.runai_chunk_bytes, LEAST_READ_BYTES)
+        if self.runai_request_timeout_s is not None:
+            _check_positive("runai_request_timeout_s", self.runai_request_timeout_s, "seconds above zero")
+        virtual = self.runai_virtual_addressing
+        _check(virtual is None or isinstance(virtual, bool), "runai_virtual_addressing", virtual, "True or False")
         for name in ("strict_memory",):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
@@ -116,6 +133,10 @@ class Options(TypedDict, total=False):
     order: Order
     deadline_s: float | None
     verify: Verify
+    source: str | None
+    runai_chunk_bytes: int | None
+    runai_request_timeout_s: float | None
+    runai_virtual_addressing: bool | None
     progress: bool | OnProgress
     on_event: OnEvent | None
 
@@ -224,6 +245,10 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
+    "source": str.strip,
+    "runai_chunk_bytes": parse_bytes,
+    "runai_request_timeout_s": float,
+    "runai_virtual_addressing": _parse_flag,
     "progress": _parse_flag,
 }
 
@@ -237,6 +262,10 @@ def _shown(name: str, value: object) -> str:
         return ", ".join(value) if value else "none"
     if name == "max_bytes_per_s":
         return "no limit" if value is None else str(value)
+    if name == "source":
+        return "the URI's scheme" if value is None else str(value)
+    if name.startswith("runai_"):
+        return "the default" if value is None else str(value)
     return "the source's choice" if name == "read_bytes" and value is None else str(value)
 
 

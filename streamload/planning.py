@@ -11,9 +11,9 @@ from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.verify import Verifier
 from streamload.plan import LEAST_READ_BYTES, Plan, plan_reads
 from streamload.report import Recorder
-from streamload.sources import Source, SourceObject
+from streamload.sources import RunaiSettings, Source, SourceObject, open_source
 
-__all__ = ["PlannedLoad", "effective_reads", "plan_load"]
+__all__ = ["PlannedLoad", "effective_reads", "plan_load", "source_for"]
 
 # Where many connections may bring more, smaller reads let as many work within little memory: two thirds faster from a
 # store that gives each 100 MiB/s. Below the least size, waiting for first bytes costs more than that.
@@ -43,6 +43,22 @@ class PlannedLoad:
     read_bytes: int
     concurrency: int
     most_concurrency: int
+
+
+def source_for(uri: str, options: LoadOptions) -> Source:
+    """Make the source that a URI and the options ask for; see `open_source`.
+
+    Raises:
+        OptionError: Nothing serves the URI.
+    """
+    return open_source(
+        uri,
+        source=options.source,
+        concurrency=None if options.concurrency == "auto" else options.concurrency,
+        runai=RunaiSettings(
+            options.runai_chunk_bytes, options.runai_request_timeout_s, options.runai_virtual_addressing
+        ),
+    )
 
 
 async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, options: LoadOptions) -> PlannedLoad:

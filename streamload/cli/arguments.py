@@ -25,7 +25,8 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         "uri",
         metavar="URI",
         nargs="?" if optional else None,
-        help="a directory, a .safetensors file, s3://bucket/prefix or s3://bucket/key.safetensors",
+        help="a directory, a .safetensors file, s3://bucket/prefix or s3://bucket/key.safetensors; runai+s3://... and "
+        "runai+file://... are read by Run:ai's engine",
     )
 
 
@@ -48,6 +49,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--source", metavar="NAME", help="what serves the URI, whatever its scheme: runai, for example")
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
 
 

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 
 from streamload.errors import MissingDependencyError, OptionError
 from streamload.sources.base import Source, SourceObject
+from streamload.sources.runai_settings import RunaiSettings
 from streamload.uris import scheme_of
 
-__all__ = ["Source", "SourceFactory", "SourceObject", "open_source"]
+__all__ = ["RunaiSettings", "Source", "SourceFactory", "SourceObject", "open_source"]
 
 #: Makes a source out of a URI and a keyword argument ``concurrency``: the class itself, usually.
 SourceFactory: TypeAlias = Callable[..., Any]
@@ -20,18 +21,23 @@ SourceFactory: TypeAlias = Callable[..., Any]
 _BUILT_IN = {
     "file": ("streamload.sources.local", "LocalSource"),
     "s3": ("streamload.sources.s3", "S3Source"),
+    **dict.fromkeys(("runai", "runai+file", "runai+s3"), ("streamload.sources.runai", "open_runai")),
 }
 
 # Another package serves a scheme by naming a factory under it, in this group of entry points.
 _GROUP = "streamload.sources"
 
 
-def open_source(uri: str, *, concurrency: int | None = None) -> Source:
+def open_source(
+    uri: str, *, source: str | None = None, concurrency: int | None = None, runai: RunaiSettings | None = None
+) -> Source:
     """Make the source that a URI asks for. Nothing is opened or requested yet.
 
     Args:
         uri: A path, or a URI with one of the known schemes.
+        source: What serves it: ``runai``, or one of the known schemes; by default, the URI's own scheme.
         concurrency: How many reads should be possible at once; by default, the source's own number.
+        runai: Settings of Run:ai's engine, where that serves it.
 
     Returns:
         A source that has not been entered.
@@ -42,17 +48,20 @@ def open_source(uri: str, *, concurrency: int | None = None) -> Source:
     """
     if uri.endswith(".safetensors.index.json"):
         raise OptionError("this names the index file: name the folder that it is in", uri=uri)
-    scheme = scheme_of(uri)
+    scheme = source or scheme_of(uri)
     built_in = _BUILT_IN.get(scheme)
+    arguments: dict[str, Any] = {"concurrency": concurrency}
     if built_in is not None:
         module, name = built_in
         factory: SourceFactory = getattr(import_module(module), name)
+        if name == "open_runai":
+            arguments["settings"] = runai
     else:
         factory = _load(scheme, uri)
-    source = factory(uri, concurrency=concurrency)
-    if not isinstance(source, Source):
-        raise OptionError(f"what serves {scheme}:// made a {type(source).__name__}, not a Source", uri=uri)
-    return source
+    made = factory(uri, **arguments)
+    if not isinstance(made, Source):
+        raise OptionError(f"what serves {scheme}:// made a {type(made).__name__}, not a Source", uri=uri)
+    return made
 
 
 def _load(scheme: str, uri: str) -> SourceFactory:

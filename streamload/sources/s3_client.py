@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -33,7 +33,7 @@ from streamload.sources.s3_wire import S3Wire
 from streamload.uris import scrub_uri
 from streamload.wire import Head, Lanes
 
-__all__ = ["Asked", "S3Client"]
+__all__ = ["Asked", "Connection", "S3Client"]
 
 T = TypeVar("T")
 
@@ -69,6 +69,27 @@ class Asked:
     connections: int
     connect_timeout_s: float
     read_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where S3 is, and what it is asked with at this moment.
+
+    Attributes:
+        endpoint: The URL of the service.
+        region: Its region.
+        virtual: Whether the bucket is named in the host's name; None where nothing was asked yet.
+        access_key: The access key's id.
+        secret_key: The secret that belongs to it.
+        token: The session's token; None for keys that do not expire.
+    """
+
+    endpoint: str
+    region: str
+    virtual: bool | None
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    token: str | None = field(repr=False)
 
 
 class S3Client:
@@ -145,6 +166,20 @@ class S3Client:
         """
         with self.translating(version=tag):
             await self._mended(lambda session: session.wire.get(key, start, end, tag, loan, accept))
+
+    async def connection(self) -> Connection:
+        """Where to ask, and with what.
+
+        Raises:
+            CredentialsError: They cannot be refreshed.
+        """
+        session = self._session
+        with self.translating():
+            credentials = await session.credentials.get_frozen_credentials()
+        virtual = {"virtual host": True, "path": False}.get(self._style)
+        return Connection(
+            session.endpoint, session.region, virtual, credentials.access_key, credentials.secret_key, credentials.token
+        )
 
     @contextmanager
     def translating(self, *, version: str | None = None) -> Iterator[None]:
@@ -264,6 +299,7 @@ class _Session:
     Attributes:
         endpoint: The URL of the service.
         region: Its region.
+        credentials: botocore's.
         kind_of_credentials: Where they were found.
         wire: Reads ranges without aiobotocore's body.
         served: Whether anything was answered.
@@ -277,6 +313,7 @@ class _Session:
         self._asked = asked
         self.endpoint = str(client.meta.endpoint_url)
         self.region = str(client.meta.region_name)
+        self.credentials = credentials
         self.kind_of_credentials = str(credentials.method)
         self.served = False
 

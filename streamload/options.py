@@ -48,6 +48,9 @@ _CONCURRENCY_MOST = 1024
 _OF_SOURCES = (
     "http_headers",
     "s3_anonymous",
+    "runai_chunk_bytes",
+    "runai_request_timeout_s",
+    "runai_virtual_addressing",
     "revision",
     "allow_patterns",
     "ignore_patterns",
@@ -82,7 +85,13 @@ class LoadOptions:
             as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
             ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub keeps of a file, which makes
             reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+        source: What serves the URI: ``"runai"``, or the scheme of any other source; None: the URI's own scheme.
         s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
+        runai_chunk_bytes: How large the requests of Run:ai's engine are, in bytes. None: the engine's choice.
+        runai_request_timeout_s: How long a request of that engine's to S3 may be silent before it makes it again. None:
+            20 seconds.
+        runai_virtual_addressing: Whether that engine names the bucket in the host's name. None: as streamload's own S3
+            client does it.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
@@ -121,6 +130,10 @@ class LoadOptions:
     deadline_s: float | None = None
     verify: Verify = "auto"
     s3_anonymous: bool = False
+    source: str | None = None
+    runai_chunk_bytes: int | None = None
+    runai_request_timeout_s: float | None = None
+    runai_virtual_addressing: bool | None = None
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
     http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
@@ -157,6 +170,13 @@ class LoadOptions:
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
         self._check_ranks()
+        _check(self.source is None or bool(self.source), "source", self.source, "the name of a source")
+        if self.runai_chunk_bytes is not None:
+            _check_integer("runai_chunk_bytes", self.runai_chunk_bytes, LEAST_READ_BYTES)
+        if self.runai_request_timeout_s is not None:
+            _check_positive("runai_request_timeout_s", self.runai_request_timeout_s, "seconds above zero")
+        virtual = self.runai_virtual_addressing
+        _check(virtual is None or isinstance(virtual, bool), "runai_virtual_addressing", virtual, "True or False")
         for name in ("strict_memory", "expert_parallel", "s3_anonymous", "cache"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
@@ -266,6 +286,10 @@ class Options(TypedDict, total=False):
     deadline_s: float | None
     verify: Verify
     s3_anonymous: bool
+    source: str | None
+    runai_chunk_bytes: int | None
+    runai_request_timeout_s: float | None
+    runai_virtual_addressing: bool | None
     progress: bool | OnProgress
     on_event: OnEvent | None
     http_headers: Mapping[str, str]
@@ -433,6 +457,10 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "deadline_s": float,
     "verify": str.strip,
     "s3_anonymous": _parse_flag,
+    "source": str.strip,
+    "runai_chunk_bytes": parse_bytes,
+    "runai_request_timeout_s": float,
+    "runai_virtual_addressing": _parse_flag,
     "progress": _parse_flag,
     "http_headers": _parse_headers,
     "rank": _parse_number_or_auto,
@@ -455,6 +483,10 @@ def _shown(name: str, value: object) -> str:
         return ", ".join(value) if value else "none"
     if name == "max_bytes_per_s":
         return "no limit" if value is None else str(value)
+    if name == "source":
+        return "the URI's scheme" if value is None else str(value)
+    if name.startswith("runai_"):
+        return "the default" if value is None else str(value)
     return "the source's choice" if name == "read_bytes" and value is None else str(value)
 
 

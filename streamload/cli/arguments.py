@@ -27,7 +27,8 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         "uri",
         metavar="URI",
         nargs="?" if optional else None,
-        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these",
+        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these; "
+        "runai+s3://... and runai+file://... are read by Run:ai's engine",
     )
 
 
@@ -62,6 +63,7 @@ def _add_reads(group: argparse._ArgumentGroup) -> None:
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--source", metavar="NAME", help="what serves the URI, whatever its scheme: runai, for example")
     group.add_argument(
         "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
     )

@@ -25,7 +25,7 @@ _MAY_IMPORT = {
     "plan": {"checkpoint", "errors"},
     "wire": {"errors"},
     "sources": {*_BOTTOM, "checkpoint", "plan", "wire"},
-    "sinks": {*_BOTTOM, "checkpoint", "plan"},
+    "sinks": {*_BOTTOM, "checkpoint", "plan", "shared_memory"},
     # The two contracts, and no concrete source or sink.
     "pipeline": {*_BOTTOM, "checkpoint", "plan", "report", "sources.base", "sinks.base"},
     # A file's layout and checksums are the checkpoint's; S3 is asked as it is for reading.

@@ -282,7 +282,7 @@ def _check_texts(pattern: str, fields: list[str], texts: list[str]) -> None:
     if fields.count("part") > 1:
         raise OptionError(f"pattern={brief(pattern)} has {{part}} more than once")
     whole = "".join(texts)
-    if "/" in whole or "\\" in whole or not whole.isprintable() or whole.startswith("."):
+    if "/" in whole or "\\" in whole or not whole.isprintable() or texts[0].startswith("."):
         raise OptionError(f"pattern={brief(pattern)} is no plain name of a file in the checkpoint's own folder")
     if not texts[-1].endswith(SHARD_SUFFIX):
         raise OptionError(f"pattern={brief(pattern)} does not end in {SHARD_SUFFIX}")

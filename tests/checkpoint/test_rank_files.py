@@ -68,6 +68,13 @@ def test_rank_1_gets_nothing_of_rank_11() -> None:
     assert not RankFiles(1, 2, pattern="p{part}of{rank}.safetensors").is_mine("p²of1.safetensors")
 
 
+def test_a_name_may_begin_with_a_field() -> None:
+    files = RankFiles(1, 2, pattern="{rank}.safetensors")
+    assert files.choose(["0.safetensors", "1.safetensors", ".safetensors"]) == ("1.safetensors",)
+    with pytest.raises(OptionError, match="is no plain name of a file"):
+        RankFiles(1, 2, pattern=".hidden-{rank}.safetensors")
+
+
 def test_a_pattern_without_parts_is_for_one_file() -> None:
     files = RankFiles(0, 1, pattern="model.safetensors")
     assert files.name(0) == "model.safetensors"

@@ -130,8 +130,8 @@ class RankFiles:
 
         Raises:
             CheckpointError: There are files of other ranks and none of this one; files of ranks that there should not
-                be, since the checkpoint was made for more of them; a part is missing, or there twice; or a pattern was
-                given and nothing matches it.
+                be, since the checkpoint was made for more of them; a part is missing between others, or, under vLLM's
+                names, before them; a part is there twice; or a pattern was given and nothing matches it.
         """
         ranks = list(_ranks(self.effective_pattern, keys))
         if not ranks and self.pattern is None:
@@ -170,6 +170,11 @@ class RankFiles:
                 raise CheckpointError(f"part {part} of rank {self.rank} is there twice: {twice}")
             parts[part] = key
         numbers = sorted(parts)
+        # Under vLLM's names, which begin at 0; a user's own may count from anywhere.
+        if numbers and numbers[0] and self.pattern is None:
+            raise CheckpointError(
+                f"part 0 of rank {self.rank} is missing: the first that is there is {brief(parts[numbers[0]])}"
+            )
         for number, following in pairwise(numbers):
             if following != number + 1:
                 raise CheckpointError(
@@ -210,10 +215,16 @@ def without_rank_files(keys: Sequence[str]) -> tuple[str, ...]:
         The keys; where several ranks have files under vLLM's patterns, those are left out.
 
     Raises:
-        CheckpointError: There is nothing else: the checkpoint is pre-sharded, and it takes a rank to load it.
+        CheckpointError: There is nothing else: the checkpoint is pre-sharded, and it takes a rank to load it; or there
+            are one rank's files, and a part of them is missing.
     """
     for pattern in (RANK_PATTERN, PIPELINE_PATTERN):
         ranks = {tuple(numbers.values()): key for key, numbers in _ranks(pattern, keys)}
+        if len(ranks) == 1:
+            ((*stage, rank),) = ranks
+            # As many stages and ranks as it takes for this one to be among them.
+            stages = stage[0] + 2 if stage else 1
+            RankFiles(rank + sum(stage) * (rank + 1), stages * (rank + 1), stages)._parts(keys)
         if len(ranks) < 2:
             continue
         match = _expression(pattern, {}).fullmatch

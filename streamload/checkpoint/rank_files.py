@@ -14,7 +14,7 @@ from itertools import pairwise
 from string import Formatter
 
 from streamload.checkpoint.index import SHARD_SUFFIX
-from streamload.checkpoint.manifest import manifest_name
+from streamload.checkpoint.manifest import is_manifest, manifest_name, manifested_key
 from streamload.checkpoint.text import brief
 from streamload.errors import CheckpointError, OptionError
 
@@ -116,6 +116,16 @@ class RankFiles:
     def is_mine(self, key: str) -> bool:
         """Whether a file is one of this rank's."""
         return self._expression().fullmatch(key) is not None
+
+    def in_order(self, keys: Iterable[str]) -> list[str]:
+        """This rank's files among others, in the order of their parts."""
+        found = ((self._expression().fullmatch(key), key) for key in keys)
+        parts = ((int(match.groupdict().get("part", "0")), key) for match, key in found if match is not None)
+        return [key for _, key in sorted(parts)]
+
+    def is_manifest_of_mine(self, key: str) -> bool:
+        """Whether a file is called as manifests are that tell of this rank's files and of no other's."""
+        return key == self.manifest or (is_manifest(key) and self.is_mine(manifested_key(key)))
 
     def choose(self, keys: Sequence[str]) -> tuple[str, ...] | None:
         """Say which files are this rank's, where the checkpoint is a pre-sharded one.

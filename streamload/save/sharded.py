@@ -91,9 +91,9 @@ async def write_sharded(
 ) -> Written:
     """Write one rank's files, and their manifest last.
 
-    Every file is complete before the first one is put under its name. Manifests that tell of an earlier save are removed
-    then, and its files, unless one file takes the place of another. Whatever fails or is cancelled leaves no file of
-    this save.
+    Every file is complete before the first one is put under its name. Manifests that tell of an earlier save are
+    removed then, and its files, unless one file takes the place of another. Whatever fails or is cancelled leaves no
+    file of this save.
 
     Who is killed in the middle must not leave what could be taken for a checkpoint: files of two saves, or not all of
     one. So old and new ones are never there together, and part 0, without which there is none, goes first and comes

@@ -129,7 +129,7 @@ def test_missing_and_repeated_parts_are_errors() -> None:
         RankFiles(0, 2, pattern=pattern).choose(keys)
     with pytest.raises(CheckpointError, match=r"part 1 of rank 1 is there twice: \['r1-01.*', 'r1-1.*'\]"):
         RankFiles(1, 2, pattern=pattern).choose(keys)
-    with pytest.raises(CheckpointError, match=r"part 0 of rank 1 is missing: the first that is there is 'model-rank-1-p"):
+    with pytest.raises(CheckpointError, match="part 0 of rank 1 is missing: the first that is there is 'model-ra"):
         RankFiles(1, 2).choose([*rank_keys(1), *rank_keys(2, parts=3)[4:]])
     # A user's own may count from anywhere.
     from_7 = ("r0-7.safetensors", "r0-8.safetensors")
@@ -195,7 +195,7 @@ def test_who_names_no_rank_gets_the_ordinary_files() -> None:
     for rank in range(6):
         names = [RankFiles(rank, 6, pp_size=3).name(part) for part in range(3)]
         assert without_rank_files(names) == tuple(names)
-        with pytest.raises(CheckpointError, match="part 1 of rank [0-9]+ is missing"):
+        with pytest.raises(CheckpointError, match=r"part 1 of rank \d+ is missing"):
             without_rank_files([names[0], names[2]])
     with pytest.raises(CheckpointError, match=r"each file is one rank's \(2 ranks, .*: give rank and world_size$"):
         without_rank_files([*rank_keys(2), "config.json"])

@@ -23,7 +23,7 @@ from streamload.errors import AccessError, OptionError, SourceError, Unsupported
 from streamload.pipeline.verify import BY_MANIFEST
 from streamload.save.sharded import split
 from streamload.shared_memory import covering
-from tests.checkpoints import same_tensor
+from tests.checkpoints import freed, same_tensor, wrapped
 from tests.save.sharded import MIB, cancelling, check_folder, load_as_vllm, read_folder, state, threads_of_ours
 
 
@@ -150,6 +150,9 @@ def test_a_name_and_a_uri_of_ones_own(tmp_path: Path) -> None:
         (3, {}, OptionError, "neither a module nor a mapping"),
         ({"a": torch.ones(2, device="meta")}, {}, OptionError, "meta"),
         ({"a": torch.ones(2).to_sparse()}, {}, OptionError, "not dense"),
+        ({"a": wrapped()}, {}, OptionError, "no memory of its own"),
+        ({"a": freed()}, {}, OptionError, "no memory of its own"),
+        (torch.nn.LazyLinear(2), {}, OptionError, "'weight' has no shape"),
         ({"a": torch.ones(2, dtype=torch.complex128)}, {}, UnsupportedDtypeError, "complex128"),
         ({"__metadata__": torch.ones(2)}, {}, OptionError, "means something else"),
         ({"a": torch.ones(2)}, {"max_file_bytes": 0}, OptionError, "max_file_bytes=0"),

@@ -260,9 +260,7 @@ def test_a_store_that_has_put_the_parts_together_wrongly(s3_bucket: S3Bucket, mo
     assert _keys(s3_bucket) == []
 
 
-def test_a_file_that_could_not_be_replaced_is_still_there(
-    s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_could_not_be_replaced_is_still_there(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     streamload.save_sharded({"a": torch.zeros(10)}, f"{s3_bucket.uri}/m")
 
     def refuse(number: int, operation: str, after: bool) -> None:

@@ -201,6 +201,7 @@ class LoadOptions:
 
     def _check_ranks(self) -> None:
         _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
+        _check_integer("pp_size", self.pp_size, 1)
         if self.pattern is not None:
             _check(isinstance(self.pattern, str), "pattern", self.pattern, "the name of a file, with fields in braces")
         if isinstance(self.placements, Mapping):
@@ -375,7 +376,9 @@ def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def _find_rank(values: dict[str, Any], origins: dict[str, str], environment: Mapping[str, str]) -> None:
     """Fill in what torchrun tells a process of its rank."""
-    names = {"rank": "RANK"} if "world_size" in values else {"rank": "RANK", "world_size": "WORLD_SIZE"}
+    names = {"rank": "RANK"}
+    if values.get("world_size") is None:
+        names["world_size"] = "WORLD_SIZE"
     if values.get("device") == "cuda":
         names["device"] = "LOCAL_RANK"
     for name, variable in names.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -369,5 +370,38 @@ def test_where_a_bucket_is(
                     await call()
         assert asked == [where] * len(asked)
         assert len(asked) in {2, 4}
+
+    run_on_each_loop(body)
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.2", "127.0.0.1"], ["127.0.0.1", "127.0.0.2"]])
+def test_a_name_with_a_dead_address(
+    s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch, path: str, addresses: list[str]
+) -> None:
+    """The real server listens at one of the two."""
+    s3_bucket.put("a", b"0123456789")
+    port = urlsplit(s3_bucket.server.endpoint).port
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://store.test:{port}")
+
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        plain = loop.getaddrinfo
+
+        async def getaddrinfo(host: str, port: int, **more: Any) -> list[Any]:
+            if host != "store.test":
+                return await plain(host, port, **more)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+        loop.getaddrinfo = getaddrinfo  # type: ignore[method-assign,assignment]
+        try:
+            async with S3Source(s3_bucket.uri) as source:
+                (object,) = await source.list()
+                for _ in range(4):
+                    memory = bytearray(10)
+                    await source.read(object, 0, 10, Loan([memoryview(memory)]))
+                    assert memory == b"0123456789"
+                assert source.requests == 5
+        finally:
+            loop.getaddrinfo = plain  # type: ignore[method-assign]
 
     run_on_each_loop(body)

@@ -8,7 +8,7 @@ from typing import Literal, cast
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_reading", "add_uri", "options_of"]
+__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_memory", "add_reading", "add_uri", "options_of"]
 
 EXIT_CODES = """\
 exit codes:
@@ -54,11 +54,20 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add ``--memory-bytes`` by itself, for what plans a load and makes none: reads are smaller where memory is."""
+    _add_memory(_group(parser, "how much memory"))
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where tensors go."""
     group = _group(parser, "where tensors go")
     group.add_argument("--device", metavar="DEVICE", help="cpu (the default), cuda, cuda:1")
-    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_memory(group)
     group.add_argument(
         "--strict-memory",
         action=argparse.BooleanOptionalAction,

@@ -40,6 +40,10 @@ class TestText:
         assert starts_and_ends[0][1] == starts_and_ends[1][0]
         assert starts_and_ends[1][1] == starts_and_ends[2][0]
 
+    def test_the_plan_of_little_memory(self, cli: Program, model: Path) -> None:
+        found = cli("inspect", model, "--json", "--plan", "--memory-bytes", "1MiB")
+        assert (found.code, found.json["plan"]["read_bytes"]) == (0, 1 << 18)
+
     def test_neighbours_in_one_read(self, cli: Program, model: Path) -> None:
         assert "2: model.embed.weight to model.norm.weight" in cli("inspect", model, "--plan").out
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from streamload.errors import OptionError
@@ -20,7 +22,12 @@ Order: TypeAlias = Literal["completion", "file"]
 Verify: TypeAlias = Literal["auto", "off"]
 Concurrency: TypeAlias = "int | Literal['auto']"
 
+_logger = logging.getLogger(__name__)
+
 _PREFIX = "STREAMLOAD_"
+# How like an option's name a variable's must be to be taken for it, misspelt. Others are not ours: Kubernetes sets some
+# for a service that is called streamload.
+_ALIKE = 0.65
 _PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
 
 # The default memory limit: a share of what the container has left, and no more than is of any use. A gigabyte keeps
@@ -158,6 +165,7 @@ def resolve(
     for name in given:
         if name not in known:
             raise OptionError(f"there is no option {name!r}; there are {', '.join(known)}")
+    _warn_of_misspelt(environment)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name, parse in _FROM_ENVIRONMENT.items():
@@ -184,6 +192,14 @@ def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     environment = os.environ if environment is None else environment
     found = {name: environment.get(name.lower()) or environment.get(name) for name in _PROXY_VARIABLES}
     return {name: value for name, value in found.items() if value}
+
+
+def _warn_of_misspelt(environment: Mapping[str, str]) -> None:
+    names = [name.upper() for name in _FROM_ENVIRONMENT]
+    for variable in environment:
+        name = variable.removeprefix(_PREFIX)
+        if name != variable and name not in names and (alike := get_close_matches(name.upper(), names, 1, _ALIKE)):
+            _logger.warning("%s is no option, and is ignored: is %s meant?", variable, _PREFIX + alike[0])
 
 
 def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:

@@ -160,6 +160,27 @@ class TestResolve:
         assert origins.pop("on_event") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
 
+    @pytest.mark.parametrize(
+        ("variable", "meant"),
+        [
+            ("STREAMLOAD_MEMROY_BYTES", "STREAMLOAD_MEMORY_BYTES"),
+            ("STREAMLOAD_MEMORY", "STREAMLOAD_MEMORY_BYTES"),
+            ("STREAMLOAD_CONCURENCY", "STREAMLOAD_CONCURRENCY"),
+            ("STREAMLOAD_DEADLINE", "STREAMLOAD_DEADLINE_S"),
+            ("STREAMLOAD_verify", "STREAMLOAD_VERIFY"),
+            ("STREAMLOAD_SERVICE_HOST", None),
+            ("STREAMLOAD_PORT_80_TCP_ADDR", None),
+            ("STREAMLOADER_ORDER", None),
+            ("STREAMLOAD_ORDER", None),
+        ],
+    )
+    def test_misspelt_variables_are_told(
+        self, caplog: pytest.LogCaptureFixture, variable: str, meant: str | None
+    ) -> None:
+        _resolve({variable: "file"})
+        warnings = [record.getMessage() for record in caplog.records if record.name == "streamload.options"]
+        assert warnings == ([f"{variable} is no option, and is ignored: is {meant} meant?"] if meant else [])
+
     def test_what_is_given_goes_before_the_environment(self) -> None:
         environment = {"STREAMLOAD_CONCURRENCY": "nonsense", "STREAMLOAD_ORDER": "file"}
         assert _resolve(environment, concurrency=3).concurrency == 3

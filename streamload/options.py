@@ -181,7 +181,15 @@ def resolve(
     origins.update(dict.fromkeys(given, "argument"))
     if values.get("memory_bytes") is None:
         values["memory_bytes"], origins["memory_bytes"] = _default_memory(environment)
-    options = LoadOptions(**values)
+    try:
+        options = LoadOptions(**values)
+    except OptionError as error:
+        # Every refusal of a value begins with the option's name.
+        origin = origins.get(error.cause.partition("=")[0], "")
+        variable = origin.removeprefix("environment (").removesuffix(")")
+        if variable == origin:
+            raise
+        raise OptionError(f"{variable}={environment[variable]!r}: {error.cause}") from None
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
     )

@@ -209,6 +209,26 @@ class TestResolve:
         with pytest.raises(OptionError, match="concurrency=0"):
             _resolve({"STREAMLOAD_CONCURRENCY": "0"})
 
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("order", "random"),
+            ("verify", "perhaps"),
+            ("concurrency", "0"),
+            ("memory_bytes", "1"),
+            ("read_bytes", "1"),
+            ("deadline_s", "nan"),
+            ("max_bytes_per_s", "0"),
+            ("device", ""),
+        ],
+    )
+    def test_a_value_without_meaning_names_its_variable(self, name: str, text: str) -> None:
+        variable = f"STREAMLOAD_{name.upper()}"
+        with pytest.raises(OptionError, match=rf"^{variable}='{text}': {name}=.* is not "):
+            _resolve({variable: text})
+        with pytest.raises(OptionError, match=r"^order='random' is not"):
+            resolve({"order": "random"}, {"STREAMLOAD_ORDER": "file"})
+
     def test_refuses_unknown_names(self) -> None:
         with pytest.raises(OptionError, match=r"no option 'devise'; there are device, include"):
             _resolve(devise="cpu")

@@ -65,6 +65,7 @@ def run(given: argparse.Namespace, signals: Signals) -> int:
     finally:
         traced = True
         if load.report is not None:
+            given.reported = True
             _show(load.report, as_json=given.json)
             traced = trace is None or _write(trace, given.trace)
     return 0 if traced else 1

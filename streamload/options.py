@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -29,6 +30,8 @@ _PREFIX = "STREAMLOAD_"
 # for a service that is called streamload.
 _ALIKE = 0.65
 _PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,4})?")
 
 # The default memory limit: a share of what the container has left, and no more than is of any use. A gigabyte keeps
 # some dozens of connections to an object store busy; beyond it only a slow consumer would fill the rest.
@@ -82,7 +85,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
             object.__setattr__(self, "device", str(self.device))
-        _check(isinstance(self.device, str) and bool(self.device), "device", self.device, "a device such as cuda:0")
+        device_ok = isinstance(self.device, str) and _DEVICE.fullmatch(self.device) is not None
+        _check(device_ok, "device", self.device, "cpu, cuda or cuda:N")
         for name in ("include", "exclude"):
             globs = getattr(self, name)
             if isinstance(globs, str):

@@ -48,6 +48,10 @@ class TestLoadOptions:
         [
             {"device": ""},
             {"device": 0},
+            {"device": "meta"},
+            {"device": "cuda:x"},
+            {"device": "cuda:-1"},
+            {"device": "cuda:٣"},
             {"include": "model.*"},
             {"include": b"model.*"},
             {"include": None},

@@ -166,11 +166,16 @@ class TestFailure:
         assert (found.code, found.out) == (1, "")
         assert SECOND in found.error
 
-    @pytest.mark.parametrize("device", ["cuda:99", "cuda:-1", "gpu", "mps"])
-    def test_a_device_that_does_not_exist(self, cli: Program, model: Path, device: str) -> None:
-        found = cli("load", model, "--device", device)
+    def test_a_device_that_does_not_exist(self, cli: Program, model: Path) -> None:
+        found = cli("load", model, "--device", "cuda:99")
         assert (found.code, found.out) == (1, "")
         assert "device" in found.error
+
+    @pytest.mark.parametrize("device", ["cuda:-1", "gpu", "mps", "foo"])
+    def test_a_device_that_cannot_be(self, cli: Program, model: Path, device: str) -> None:
+        found = cli("load", model, "--device", device)
+        assert (found.code, found.out) == (2, "")
+        assert found.error == f"device={device!r} is not cpu, cuda or cuda:N"
 
     def test_a_dtype_that_torch_lacks(self, cli: Program, tmp_path: Path) -> None:
         (tmp_path / "a.safetensors").write_bytes(shard({"model.odd": ("F6_E2M3", (4,))}))

@@ -120,7 +120,6 @@ class _Load:
         assert options.memory_bytes is not None
         self.uri = scrub_uri(uri)
         self.options = options
-        self.recorder = Recorder(self.uri, options.device, options.memory_bytes, on_event=options.on_event)
         self.handoff = Handoff(in_order=options.order == "file")
         self.opened: Future[Plan] = Future()
         self.opened.set_running_or_notify_cancel()  # whoever waits for it and is cancelled must not cancel it
@@ -129,7 +128,9 @@ class _Load:
         concurrency = None if options.concurrency == "auto" else options.concurrency
         self._source = open_source(uri, concurrency=concurrency, s3_anonymous=options.s3_anonymous)
         # Here, on the caller's thread: a CUDA device takes the caller's current stream.
-        self._make_sink = sink_for(options.device, self.recorder.copied)
+        self._make_sink = sink_for(options.device, lambda *copy: self.recorder.copied(*copy))
+        # The load's clock starts here: torch is imported by now.
+        self.recorder = Recorder(self.uri, options.device, options.memory_bytes, on_event=options.on_event)
 
     def start(self) -> None:
         self.engine.start()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 
 import streamload
@@ -56,9 +54,6 @@ def run(given: argparse.Namespace, signals: Signals) -> int:
     if given.trace is not None:
         _check_trace(Path(given.trace))
         options["on_event"] = trace = streamload.Trace()
-    # The load's clock starts with it. Where torch is missing, the load says so.
-    with suppress(Exception):
-        import_module("torch")
     load = _Load(signals)
     try:
         asyncio.run(load.run(given.uri, options))

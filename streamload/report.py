@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from streamload.errors import StreamloadError
 from streamload.events import Event, EventKind, OnEvent, Progress
-from streamload.units import format_bytes, format_seconds
+from streamload.units import format_bytes, format_count, format_seconds
 
 __all__ = ["Recorder", "Report", "Stage", "State"]
 
@@ -125,9 +125,10 @@ def _lines(report: Report) -> Iterator[str]:
     if report.error:
         yield f"  error          {report.error}"
     whole = report.tensors == report.total_tensors
-    tensors = f"{report.tensors}" if whole else f"{report.tensors} of {report.total_tensors}"
+    tensors = ("" if whole else f"{report.tensors} of ") + format_count(report.total_tensors, "tensor")
+    files = format_count(report.files, "file")
     yield (
-        f"  delivered      {tensors} tensors, {format_bytes(report.nbytes)} from {report.files} files "
+        f"  delivered      {tensors}, {format_bytes(report.nbytes)} from {files} "
         f"in {format_seconds(report.seconds)} ({report.gb_per_s:.2f} GB/s)"
     )
     if report.first_tensor_s is not None:
@@ -142,7 +143,7 @@ def _lines(report: Report) -> Iterator[str]:
     )
     if report.concurrency:
         found = f", {report.most_concurrency} at most" if report.most_concurrency != report.concurrency else ""
-        yield f"  at once        {report.concurrency} reads{found}"
+        yield f"  at once        {format_count(report.concurrency, 'read')}{found}"
     if report.hedged_bytes:
         yield f"  asked twice    {format_bytes(report.hedged_bytes)} of reads that were late"
     for path, nbytes in report.paths.items():

@@ -35,6 +35,13 @@ class TestResult:
         assert found.out.startswith(f"{model} -> cpu: done\n")
         assert "5 tensors, 40.1 KiB from 2 files" in found.out
 
+    def test_one_of_each(self, cli: Program, tmp_path: Path) -> None:
+        (tmp_path / "a.safetensors").write_bytes(shard({"only": ("U8", (1024,))}))
+        found = cli("load", tmp_path, "--concurrency", "1")
+        assert "  delivered      1 tensor, 1.0 KiB from 1 file in " in found.out
+        assert "  at once        1 read\n" in found.out
+        assert " 1 of 1 tensor taken, " in found.err
+
     def test_json(self, cli: Program, model: Path) -> None:
         found = cli("load", model, "--json")
         assert found.code == 0

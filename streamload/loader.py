@@ -219,7 +219,6 @@ class _Load:
         assert options.memory_bytes is not None
         self.uri = scrub_uri(uri)
         self.options = options
-        self.recorder = Recorder(self.uri, device or options.device, options.memory_bytes, on_event=options.on_event)
         self._accept = accept
         self._interruption: BaseException | None = None
         self.handoff = Handoff(in_order=options.order == "file")
@@ -229,7 +228,9 @@ class _Load:
         self.engine.finished.add_done_callback(self._engine_ended)
         self._source = source_for(uri, options)
         # Here, on the caller's thread: a CUDA device takes the caller's current stream.
-        self._make_sink = make_sink or sink_for(options.device, self.recorder.copied)
+        self._make_sink = make_sink or sink_for(options.device, lambda *copy: self.recorder.copied(*copy))
+        # The load's clock starts here: torch is imported by now.
+        self.recorder = Recorder(self.uri, device or options.device, options.memory_bytes, on_event=options.on_event)
 
     def start(self) -> None:
         self.engine.start()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from streamload.checkpoint.rank_files import RankFiles
@@ -34,8 +37,15 @@ Concurrency: TypeAlias = "int | Literal['auto']"
 Rank: TypeAlias = "int | Ranks | Literal['auto'] | None"
 Placed: TypeAlias = "Placements | Literal['auto']"
 
+_logger = logging.getLogger(__name__)
+
 _PREFIX = "STREAMLOAD_"
+# How like an option's name a variable's must be to be taken for it, misspelt. Others are not ours: Kubernetes sets some
+# for a service that is called streamload.
+_ALIKE = 0.65
 _PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,4})?")
 
 # The default memory limit: a share of what the container has left, and no more than is of any use. A gigabyte keeps
 # some dozens of connections to an object store busy; beyond it only a slow consumer would fill the rest.
@@ -153,7 +163,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
             object.__setattr__(self, "device", str(self.device))
-        _check(isinstance(self.device, str) and bool(self.device), "device", self.device, "a device such as cuda:0")
+        device_ok = isinstance(self.device, str) and _DEVICE.fullmatch(self.device) is not None
+        _check(device_ok, "device", self.device, "cpu, cuda or cuda:N")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if self.memory_bytes is not None:
@@ -343,6 +354,7 @@ def resolve(
     for name in given:
         if name not in known:
             raise OptionError(f"there is no option {name!r}; there are {', '.join(known)}")
+    _warn_of_misspelt(environment)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name, parse in _FROM_ENVIRONMENT.items():
@@ -361,7 +373,15 @@ def resolve(
         values["memory_bytes"], origins["memory_bytes"] = _default_memory(environment)
     if values.get("rank") == "auto":
         _find_rank(values, origins, environment)
-    options = LoadOptions(**values)
+    try:
+        options = LoadOptions(**values)
+    except OptionError as error:
+        # Every refusal of a value begins with the option's name.
+        origin = origins.get(error.cause.partition("=")[0], "")
+        variable = origin.removeprefix("environment (").removesuffix(")")
+        if variable == origin:
+            raise
+        raise OptionError(f"{variable}={environment[variable]!r}: {error.cause}") from None
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
     )
@@ -406,6 +426,14 @@ def _all_ranks(ranks: Ranks) -> tuple[Ranks, ...]:
         for tp in range(ranks.tp_size)
         for ep in ((tp,) if same else range(ranks.ep_size))
     )
+
+
+def _warn_of_misspelt(environment: Mapping[str, str]) -> None:
+    names = [name.upper() for name in _FROM_ENVIRONMENT]
+    for variable in environment:
+        name = variable.removeprefix(_PREFIX)
+        if name != variable and name not in names and (alike := get_close_matches(name.upper(), names, 1, _ALIKE)):
+            _logger.warning("%s is no option, and is ignored: is %s meant?", variable, _PREFIX + alike[0])
 
 
 def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:

@@ -50,6 +50,10 @@ class TestLoadOptions:
         [
             {"device": ""},
             {"device": 0},
+            {"device": "meta"},
+            {"device": "cuda:x"},
+            {"device": "cuda:-1"},
+            {"device": "cuda:٣"},
             {"include": "model.*"},
             {"include": b"model.*"},
             {"include": None},
@@ -253,6 +257,27 @@ class TestResolve:
         assert origins.pop("placements") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
 
+    @pytest.mark.parametrize(
+        ("variable", "meant"),
+        [
+            ("STREAMLOAD_MEMROY_BYTES", "STREAMLOAD_MEMORY_BYTES"),
+            ("STREAMLOAD_MEMORY", "STREAMLOAD_MEMORY_BYTES"),
+            ("STREAMLOAD_CONCURENCY", "STREAMLOAD_CONCURRENCY"),
+            ("STREAMLOAD_DEADLINE", "STREAMLOAD_DEADLINE_S"),
+            ("STREAMLOAD_verify", "STREAMLOAD_VERIFY"),
+            ("STREAMLOAD_SERVICE_HOST", None),
+            ("STREAMLOAD_PORT_80_TCP_ADDR", None),
+            ("STREAMLOADER_ORDER", None),
+            ("STREAMLOAD_ORDER", None),
+        ],
+    )
+    def test_misspelt_variables_are_told(
+        self, caplog: pytest.LogCaptureFixture, variable: str, meant: str | None
+    ) -> None:
+        _resolve({variable: "file"})
+        warnings = [record.getMessage() for record in caplog.records if record.name == "streamload.options"]
+        assert warnings == ([f"{variable} is no option, and is ignored: is {meant} meant?"] if meant else [])
+
     def test_what_is_given_goes_before_the_environment(self) -> None:
         environment = {"STREAMLOAD_CONCURRENCY": "nonsense", "STREAMLOAD_ORDER": "file"}
         assert _resolve(environment, concurrency=3).concurrency == 3
@@ -280,6 +305,26 @@ class TestResolve:
     def test_refuses_an_environment_without_meaning(self) -> None:
         with pytest.raises(OptionError, match="concurrency=0"):
             _resolve({"STREAMLOAD_CONCURRENCY": "0"})
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("order", "random"),
+            ("verify", "perhaps"),
+            ("concurrency", "0"),
+            ("memory_bytes", "1"),
+            ("read_bytes", "1"),
+            ("deadline_s", "nan"),
+            ("max_bytes_per_s", "0"),
+            ("device", ""),
+        ],
+    )
+    def test_a_value_without_meaning_names_its_variable(self, name: str, text: str) -> None:
+        variable = f"STREAMLOAD_{name.upper()}"
+        with pytest.raises(OptionError, match=rf"^{variable}='{text}': {name}=.* is not "):
+            _resolve({variable: text})
+        with pytest.raises(OptionError, match=r"^order='random' is not"):
+            resolve({"order": "random"}, {"STREAMLOAD_ORDER": "file"})
 
     def test_refuses_unknown_names(self) -> None:
         with pytest.raises(OptionError, match=r"no option 'devise'; there are device, include"):

@@ -10,7 +10,17 @@ from typing import Literal, cast
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_hub", "add_json", "add_loading", "add_reading", "add_uri", "add_whole", "options_of"]
+__all__ = [
+    "EXIT_CODES",
+    "add_hub",
+    "add_json",
+    "add_loading",
+    "add_memory",
+    "add_reading",
+    "add_uri",
+    "add_whole",
+    "options_of",
+]
 
 EXIT_CODES = """\
 exit codes:
@@ -53,7 +63,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 def add_whole(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a checkpoint is read of which all is read."""
     group = _group(parser, "how it is read")
-    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_memory(group)
     _add_reads(group)
 
 
@@ -121,11 +131,20 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add ``--memory-bytes`` by itself, for what plans a load and makes none: reads are smaller where memory is."""
+    _add_memory(_group(parser, "how much memory"))
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where tensors go."""
     group = _group(parser, "where tensors go")
     group.add_argument("--device", metavar="DEVICE", help="cpu (the default), cuda, cuda:1")
-    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_memory(group)
     group.add_argument(
         "--strict-memory",
         action=argparse.BooleanOptionalAction,

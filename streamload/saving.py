@@ -142,7 +142,7 @@ def destination_for(uri: str, memory_bytes: int, *, files: int = 1) -> Destinati
         files: How many files one task writes at the same time.
 
     Raises:
-        OptionError: Nothing writes there, or the memory is too little for so many files.
+        OptionError: Nothing writes there.
     """
     return open_destination(uri, memory_bytes=memory_bytes, ask=_ask, files=files)
 

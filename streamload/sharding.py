@@ -146,6 +146,12 @@ def shard(
     assert task.options.memory_bytes is not None
     # Half of it for reads, half for what is written.
     writer = destination_for(destination, task.options.memory_bytes // 2, files=tp * pp)
+    needed = 2 * (tp * pp + 1) * writer.held_bytes
+    if needed > task.options.memory_bytes:
+        raise OptionError(
+            f"memory_bytes={task.options.memory_bytes} is too little to write {tp * pp} objects at the same time, each "
+            f"of which needs a part of {writer.held_bytes} bytes: it takes {needed}"
+        )
     return task.run(_Sharding(task, destination, writer, tp, pp, max_file_bytes).run)
 
 
@@ -339,6 +345,7 @@ class _Sharding:
             nonlocal noted
             await writer.take(span, view)
             self._recorder.arrived_bytes += view.nbytes
+            self._recorder.tensors = span.stop if span.whole else span.first
             noted += view.nbytes
             if span.whole and noted >= _NOTED_BYTES and await writer.note(span.stop, sums.state(), group=group):
                 noted = 0

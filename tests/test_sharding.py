@@ -14,9 +14,13 @@ from safetensors.torch import save_file
 
 import streamload
 from streamload import Absent, Experts, PackedShard, Placement, Replicate, Shard
+from streamload.checksums import Checksum
 from streamload.errors import CheckpointError, ChecksumError, OptionError
 from streamload.save.journal import JOURNAL_NAME
+from streamload.sources import SourceObject
+from streamload.sources.s3 import S3Source
 from tests.checkpoints import same_tensor, write_sharded
+from tests.servers import S3Bucket
 from tests.sharding import Task, run
 from tests.test_ranks import CONFIG, llama
 
@@ -278,3 +282,76 @@ def test_files_of_somebody_else_are_not_touched(source: Path, tmp_path: Path) ->
         streamload.shard(source, made, tp=4)
     after = {path.name: path.read_bytes() for path in made.iterdir()}
     assert after == before | {JOURNAL_NAME: b"[]"}
+
+
+def upload(bucket: S3Bucket, folder: Path, prefix: str) -> str:
+    for path in folder.iterdir():
+        bucket.put(f"{prefix}/{path.name}", path.read_bytes())
+    return f"{bucket.uri}/{prefix}"
+
+
+def unfinished(bucket: S3Bucket) -> list[str]:
+    return [upload["Key"] for upload in bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads", ())]
+
+
+def keys(bucket: S3Bucket, prefix: str) -> list[str]:
+    listed = bucket.client.list_objects_v2(Bucket=bucket.name, Prefix=f"{prefix}/").get("Contents", ())
+    return [entry["Key"].removeprefix(f"{prefix}/") for entry in listed]
+
+
+def test_from_and_to_s3(source: Path, tmp_path: Path, s3_bucket: S3Bucket) -> None:
+    uri = upload(s3_bucket, source, "llama")
+    options: dict[str, Any] = {"tp": 2, "max_file_bytes": 4 * MIB, "memory_bytes": 64 * MIB}
+    whole = streamload.shard(source, tmp_path / "from-disk", **options)
+    from_s3 = streamload.shard(uri, tmp_path / "from-s3", **options)
+    assert weights(tmp_path / "from-s3") == weights(tmp_path / "from-disk")
+    assert sum(from_s3.verified.values()) == from_s3.nbytes, "by the store's checksums"
+    for where, origin in (("disk-to-s3", str(source)), ("s3-to-s3", uri)):
+        made = streamload.shard(origin, f"{s3_bucket.uri}/{where}", **options)
+        assert made.files == whole.files
+        for name, content in weights(tmp_path / "from-disk").items():
+            assert s3_bucket.client.get_object(Bucket=s3_bucket.name, Key=f"{where}/{name}")["Body"].read() == content
+        again = streamload.shard(origin, f"{s3_bucket.uri}/{where}", **options)
+        assert again.resumed_bytes == again.nbytes
+    check(source, f"{s3_bucket.uri}/s3-to-s3", 2)
+    assert sorted(keys(s3_bucket, "s3-to-s3")) == sorted(path.name for path in (tmp_path / "from-disk").iterdir())
+    assert unfinished(s3_bucket) == []
+    with pytest.raises(OptionError, match="lies in the source"):
+        streamload.shard(uri, f"{uri}/made", tp=2)
+    with pytest.raises(OptionError, match=r"too little to write 16 objects at the same time.*it takes 178257920"):
+        streamload.shard(uri, f"{s3_bucket.uri}/never", tp=16, memory_bytes=64 * MIB)
+
+
+@pytest.mark.parametrize(("at_bytes", "at_publish"), [(7 * MIB, None), (None, 3)])
+def test_a_killed_conversion_into_s3_goes_on(
+    source: Path, s3_bucket: S3Bucket, at_bytes: int | None, at_publish: int | None
+) -> None:
+    made = f"{s3_bucket.uri}/made"
+    options: dict[str, Any] = {"tp": 2, "max_file_bytes": MIB, "memory_bytes": 64 * MIB}
+    task = Task(str(source), made, options, kill_at_bytes=at_bytes, kill_at_publish=at_publish)
+    assert run(task) is None
+    there = [name for name in keys(s3_bucket, "made") if name.endswith(".safetensors")]
+    assert len(there) == (at_publish or 0)
+    again = streamload.shard(source, made, **options)
+    if at_bytes is None:
+        assert again.resumed_bytes == again.nbytes
+    else:
+        assert at_bytes - 3 * MIB <= again.resumed_bytes < again.nbytes
+    check(source, made, 2)
+    assert unfinished(s3_bucket) == []
+
+
+def test_a_source_in_s3_that_is_not_what_its_store_says_leaves_nothing(source: Path, s3_bucket: S3Bucket) -> None:
+    # As corruption on the way would look: the object is another one than its checksum is of.
+    uri = upload(s3_bucket, source, "llama")
+
+    async def other(self: S3Source, object: SourceObject) -> Checksum:
+        return Checksum("CRC64NVME", 1)
+
+    made = f"{s3_bucket.uri}/made"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Source, "checksum", other)
+        with pytest.raises(ChecksumError, match="the object's checksum is CRC64NVME 0000000000000001") as raised:
+            streamload.shard(uri, made, tp=2, memory_bytes=64 * MIB)
+    assert raised.value.object is not None
+    assert keys(s3_bucket, "made") == unfinished(s3_bucket) == []

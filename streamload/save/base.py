@@ -103,9 +103,12 @@ class Destination(ABC):
     Attributes:
         uri: The URI as the caller gave it, without credentials.
         concurrency: How many files are worth being written at once.
+        held_bytes: How much of the memory each file needs that is being written. One task that writes several in turn
+            waits for ever where there is not so much for each of them, and once more.
     """
 
     concurrency: int = 4
+    held_bytes: int = 0
 
     def __init__(self, uri: str) -> None:
         self.uri = scrub_uri(uri)

@@ -49,17 +49,13 @@ class S3Destination(Destination):
         files: How many are written at the same time by one task: each of them has a part that waits for more bytes.
 
     Raises:
-        OptionError: The URI names one object, or a version; or the memory is too little for so many files.
+        OptionError: The URI names one object, or a version.
     """
+
+    held_bytes = _LEAST_PART_BYTES
 
     def __init__(self, uri: str, *, memory_bytes: int, ask: Ask, files: int = 1) -> None:
         super().__init__(uri)
-        needed = (files + 1) * _LEAST_PART_BYTES
-        if files > 1 and needed > memory_bytes:
-            raise OptionError(
-                f"{files} objects are written at the same time, each needs memory for a part of at least "
-                f"{_LEAST_PART_BYTES} bytes, and {memory_bytes} bytes are allowed for that: it takes {needed}"
-            )
         self._usual_part_bytes = _PART_BYTES
         if files > 1:
             self._usual_part_bytes = max(_LEAST_PART_BYTES, min(_PART_BYTES, memory_bytes // (files + 1)))

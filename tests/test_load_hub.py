@@ -136,25 +136,25 @@ def test_the_variables_that_all_of_the_hubs_tools_know(model: Hub, folder: Path,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
     }
 
-    def load(*options: str, **more: str) -> dict[str, Any]:
+    def run(command: str, *options: str, code: int = 0, **more: str) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, "-m", "streamload", "load", *options, "--json", "--quiet"],
+            [sys.executable, "-m", "streamload", command, "hf://org/model", "--json", *options],
             env=environment | more,
             capture_output=True,
             text=True,
             check=False,
             timeout=120,
         )
+        assert done.returncode == code, done.stderr
         assert "hf_secret" not in done.stdout + done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = json.loads(done.stdout or "{}")
         return found
 
-    local = load(str(folder))
-    assert load("hf://org/model", HF_TOKEN="")["state"] == "failed"
-    found = load("hf://org/model", "--cache", "--verify", "sha256")
-    offline = load("hf://org/model", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:1")
-    for report in (found, offline):
-        assert report["state"] == "done", report["error"]
-        assert all(report[name] == local[name] for name in ("tensors", "nbytes", "files"))
-    assert list(offline["paths"]) == ["from the cache"]
+    local = streamload.inspect(folder).to_dict()
+    run("inspect", HF_TOKEN="", code=1)
+    loaded = run("load", "--cache", "--verify", "sha256", "--quiet")
+    assert loaded["state"] == "done"
+    assert loaded["verified"] == {BY_SHA256: local["bytes"]}
+    offline = run("inspect", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:1")
+    assert offline["files"] == local["files"]
     assert (tmp_path / "cache/models--org--model/refs/main").read_text() == repository.refs["main"]

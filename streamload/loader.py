@@ -48,7 +48,8 @@ def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream
     The load runs on a thread of its own: a consumer that blocks its event loop does not stop the network.
 
     Args:
-        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix`` or ``s3://bucket/key.safetensors``.
+        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix`` or ``s3://bucket/key.safetensors``,
+            ``hf://org/model``, ``https://host/folder``; the README's table of sources has them all.
         **options: The fields of `LoadOptions`.
 
     Raises:

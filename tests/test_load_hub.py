@@ -91,6 +91,20 @@ def test_a_part_of_a_file_has_no_sha256(model: Hub) -> None:
     assert stream.report.verified == {}
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_file_with_a_gap_has_no_sha256_and_the_others_have(
+    model: Hub, folder: Path, expected: dict[str, torch.Tensor], cached: bool
+) -> None:
+    """A gap that is read through from the network is passed over in a file."""
+    if cached:
+        streamload.load("hf://org/model", cache=True)
+    with streamload.stream("hf://org/model", verify="sha256", exclude=["model.layers.2.mlp.up_proj.weight"]) as stream:
+        assert len(dict(stream)) == len(expected) - 1
+    report = stream.report
+    of_shard = streamload.inspect(folder / SHARD).plan.tensor_bytes
+    assert report.verified == {BY_SHA256: sum(tensor.nbytes for tensor in expected.values()) - of_shard}
+
+
 def test_into_the_cache_and_from_it(model: Hub, expected: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """With answers that break off, from the byte that was reached."""
     broken, repository = 0, model.repositories["org/model"]

@@ -32,10 +32,12 @@ from streamload.errors import (
     IndexFileError,
     ManifestError,
     MemoryLimitError,
+    MismatchError,
     MissingDependencyError,
     NotFoundError,
     ObjectChangedError,
     OptionError,
+    PeerError,
     SourceError,
     StreamloadError,
     TransientError,
@@ -44,7 +46,7 @@ from streamload.errors import (
 )
 from streamload.events import Event, Progress
 from streamload.inspection import Inspection, RankPlan, inspect
-from streamload.loader import AsyncStream, Stream, load, open, stream
+from streamload.loader import AsyncStream, Stream, load, load_into, open, stream
 from streamload.manifesting import WrittenManifest, write_manifest
 from streamload.options import LoadOptions, Options
 from streamload.plan import (
@@ -93,12 +95,14 @@ __all__ = [
     "LoadOptions",
     "ManifestError",
     "MemoryLimitError",
+    "MismatchError",
     "MissingDependencyError",
     "NotFoundError",
     "ObjectChangedError",
     "OptionError",
     "Options",
     "PackedShard",
+    "PeerError",
     "Piece",
     "Placement",
     "Placements",
@@ -127,6 +131,7 @@ __all__ = [
     "doctor",
     "inspect",
     "load",
+    "load_into",
     "open",
     "save_sharded",
     "stream",

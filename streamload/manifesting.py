@@ -87,7 +87,8 @@ def write_manifest(
 
 
 async def _write_manifest(task: WholeRead, folder: str, name: str | None) -> WrittenManifest:
-    listed, _, objects = await find_shards(task.fetcher, task.recorder, task.concurrency)
+    shards = await find_shards(task.fetcher, task.recorder, task.concurrency, all_ranks=True)
+    listed, objects = shards.listed, shards.objects
     headers = await task.headers(objects.values())
     scans: list[tuple[ShardFile, Scan]] = []
     for key, header in headers.items():

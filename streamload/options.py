@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
+from streamload.checkpoint.rank_files import RankFiles
 from streamload.errors import OptionError
 from streamload.events import OnEvent, OnProgress
 from streamload.host import host_limits
@@ -44,7 +45,15 @@ _MEMORY_LEAST = 1 << 20
 _CONCURRENCY_MOST = 1024
 
 # Only some sources take these; each says which (`Source.options`).
-_OF_SOURCES = ("http_headers", "revision", "allow_patterns", "ignore_patterns", "download_dir", "cache")
+_OF_SOURCES = (
+    "http_headers",
+    "s3_anonymous",
+    "revision",
+    "allow_patterns",
+    "ignore_patterns",
+    "download_dir",
+    "cache",
+)
 
 # Their values may be secrets.
 _HIDDEN = {"http_headers"}
@@ -73,6 +82,7 @@ class LoadOptions:
             as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
             ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub keeps of a file, which makes
             reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+        s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
@@ -85,15 +95,18 @@ class LoadOptions:
         cache: Whether files of an ``hf://`` repository that are read whole are put into that cache.
         rank: Load only what this rank needs; ``"auto"``: the rank that torchrun has given this process (``RANK``,
             ``WORLD_SIZE``, and ``LOCAL_RANK`` for a device that is just ``cuda``). `Ranks` says it in full. None: load
-            everything.
+            everything. Of a pre-sharded checkpoint, this rank's files are read; of an ordinary one, its slices.
         world_size: How many ranks there are.
-        placements: How tensors are shared out among the ranks: ``"auto"`` knows common decoders by the ``config.json``
-            beside the weights; a dict of globs and placements, or a transformers ``tp_plan``; or `Placements`.
-        pipeline_parallel: So many stages have a range of the layers each; the other ranks share the tensors within a
+        pp_size: So many pipeline stages have a range of the layers each; the other ranks share the tensors within a
             stage. Ranks of one stage are neighbours.
         expert_parallel: Whether experts are shared out whole among the ranks of a stage.
+        placements: How an ordinary checkpoint's tensors are shared out among the ranks: ``"auto"`` knows common
+            decoders by the ``config.json`` beside the weights; a dict of globs and placements, or a transformers
+            ``tp_plan``; or `Placements`.
         uneven: What to do where a size is not a multiple of the number of ranks: ``"error"``, or ``"ceil"`` for the
             rule of ``torch.chunk`` and transformers.
+        pattern: The names of a pre-sharded checkpoint's files, over the fields ``rank``, ``tp_rank``, ``pp_rank`` and
+            ``part``. None: vLLM's, and where no file is called so the checkpoint is an ordinary one.
     """
 
     device: str = "cpu"
@@ -107,6 +120,7 @@ class LoadOptions:
     order: Order = "completion"
     deadline_s: float | None = None
     verify: Verify = "auto"
+    s3_anonymous: bool = False
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
     http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
@@ -117,10 +131,11 @@ class LoadOptions:
     cache: bool = False
     rank: Rank = None
     world_size: int | None = None
-    placements: Placed = "auto"
-    pipeline_parallel: int = 1
+    pp_size: int = 1
     expert_parallel: bool = False
+    placements: Placed = "auto"
     uneven: Uneven = "error"
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
@@ -142,7 +157,7 @@ class LoadOptions:
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
         self._check_ranks()
-        for name in ("strict_memory", "expert_parallel", "cache"):
+        for name in ("strict_memory", "expert_parallel", "s3_anonymous", "cache"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
@@ -165,33 +180,47 @@ class LoadOptions:
         return {name: value for name in _OF_SOURCES if (value := getattr(self, name)) not in (None, {}, False)}
 
     def _check_ranks(self) -> None:
-        _check_integer("pipeline_parallel", self.pipeline_parallel, 1)
         _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
+        if self.pattern is not None:
+            _check(isinstance(self.pattern, str), "pattern", self.pattern, "the name of a file, with fields in braces")
         if isinstance(self.placements, Mapping):
             object.__setattr__(self, "placements", _placements_of(self.placements))
         placements_ok = self.placements == "auto" or isinstance(self.placements, Placements)
         _check(placements_ok, "placements", self.placements, "'auto', a dict of names and placements, or Placements")
         if self.rank is None or isinstance(self.rank, Ranks):
-            # A single world size would be mistaken for one of the three.
-            given = "world_size" if self.world_size is not None else ""
-            given = "pipeline_parallel" if self.pipeline_parallel > 1 else given
-            given = "expert_parallel" if self.expert_parallel is True else given
-            given = "placements" if self.rank is None and self.placements != "auto" else given
-            if given:
-                raise OptionError(
-                    f"{given} is given without a rank"
-                    if self.rank is None
-                    else f"{given} is for a rank that is a number"
-                )
-            return
-        if self.rank == "auto":
+            given = {
+                "world_size": self.world_size is not None,
+                "pp_size": self.pp_size != 1,
+                "expert_parallel": self.expert_parallel is True,
+                "placements": self.rank is None and self.placements != "auto",
+                "pattern": self.rank is None and self.pattern is not None,
+            }
+            for name in (name for name, is_given in given.items() if is_given):
+                # A single world size would be mistaken for one of the three.
+                why = "given without a rank" if self.rank is None else "for a rank that is a number"
+                raise OptionError(f"{name} is {why}")
+        elif self.rank == "auto":
             raise OptionError("rank='auto' is what open, stream and load find out; give LoadOptions the number")
-        if self.world_size is None:
+        elif self.world_size is None:
             raise OptionError(f"rank={self.rank!r} is given without world_size")
-        _check_integer("world_size", self.world_size, 1)
-        _check_integer("rank", self.rank, 0, self.world_size - 1)
-        if self.world_size % self.pipeline_parallel:
-            raise OptionError(f"{self.world_size} ranks cannot be {self.pipeline_parallel} stages of equal size")
+        _ = self.rank_files  # refuses numbers and a pattern that make no sense
+
+    @property
+    def rank_files(self) -> RankFiles | None:
+        """What this rank's files of a pre-sharded checkpoint are called; None where everything is loaded.
+
+        Raises:
+            OptionError: The numbers or the pattern make no sense.
+        """
+        if self.rank is None:
+            return None
+        if isinstance(self.rank, Ranks):
+            ranks = self.rank
+            rank = ranks.pp_rank * ranks.tp_size + ranks.tp_rank
+            return RankFiles(rank, ranks.tp_size * ranks.pp_size, ranks.pp_size, self.pattern)
+        assert self.rank != "auto"
+        assert self.world_size is not None
+        return RankFiles(self.rank, self.world_size, self.pp_size, self.pattern)
 
     @property
     def ranks(self) -> Ranks | None:
@@ -205,13 +234,13 @@ class LoadOptions:
         if isinstance(self.rank, Ranks):
             return _all_ranks(self.rank)
         assert self.world_size is not None
-        stage = self.world_size // self.pipeline_parallel
+        stage = self.world_size // self.pp_size
         return tuple(
             Ranks(
                 tp_rank=rank % stage,
                 tp_size=stage,
                 pp_rank=rank // stage,
-                pp_size=self.pipeline_parallel,
+                pp_size=self.pp_size,
                 ep_rank=rank % stage if self.expert_parallel else 0,
                 ep_size=stage if self.expert_parallel else 1,
             )
@@ -236,6 +265,7 @@ class Options(TypedDict, total=False):
     order: Order
     deadline_s: float | None
     verify: Verify
+    s3_anonymous: bool
     progress: bool | OnProgress
     on_event: OnEvent | None
     http_headers: Mapping[str, str]
@@ -246,10 +276,11 @@ class Options(TypedDict, total=False):
     cache: bool
     rank: Rank
     world_size: int | None
-    placements: Placed | Mapping[str, str] | Mapping[str, Placement]
-    pipeline_parallel: int
+    pp_size: int
     expert_parallel: bool
+    placements: Placed | Mapping[str, str] | Mapping[str, Placement]
     uneven: Uneven
+    pattern: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,11 +402,7 @@ def _parse_flag(text: str) -> bool:
     raise ValueError("neither true nor false")
 
 
-def _parse_concurrency(text: str) -> Concurrency:
-    return "auto" if text.strip() == "auto" else int(text)
-
-
-def _parse_rank(text: str) -> Rank:
+def _parse_number_or_auto(text: str) -> int | Literal["auto"]:
     return "auto" if text.strip() == "auto" else int(text)
 
 
@@ -400,18 +427,20 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "memory_bytes": parse_bytes,
     "strict_memory": _parse_flag,
     "read_bytes": parse_bytes,
-    "concurrency": _parse_concurrency,
+    "concurrency": _parse_number_or_auto,
     "max_bytes_per_s": parse_bytes,
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
+    "s3_anonymous": _parse_flag,
     "progress": _parse_flag,
     "http_headers": _parse_headers,
-    "rank": _parse_rank,
+    "rank": _parse_number_or_auto,
     "world_size": int,
-    "pipeline_parallel": int,
+    "pp_size": int,
     "expert_parallel": _parse_flag,
     "uneven": str.strip,
+    "pattern": str,
 }
 
 

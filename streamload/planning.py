@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,7 +50,13 @@ class PlannedLoad:
 
 
 async def plan_load(
-    source: Source, fetcher: Fetcher, recorder: Recorder, options: LoadOptions, *, all_ranks: bool = False
+    source: Source,
+    fetcher: Fetcher,
+    recorder: Recorder,
+    options: LoadOptions,
+    *,
+    accept: Callable[[Catalog, Catalog], Catalog] | None = None,
+    all_ranks: bool = False,
 ) -> PlannedLoad:
     """Read the headers and decide what else to read.
 
@@ -58,7 +65,9 @@ async def plan_load(
         fetcher: Asks that source.
         recorder: Told of it.
         options: The load's.
-        all_ranks: Whether the other ranks' plans are wanted too.
+        accept: Given the tensors and slices that the options choose, and the whole tensors that these are of, says
+            which are read; what it raises ends the load.
+        all_ranks: Whether the other ranks' plans are wanted too, where slices are.
 
     Raises:
         OptionError: It is not known how a tensor is shared out among the ranks.
@@ -69,18 +78,28 @@ async def plan_load(
     recorder.source = source.scheme
     read_bytes, concurrency, most_concurrency = effective_reads(source, options)
     verify = options.verify != "off"
-    everything = not (options.include or options.exclude) and options.ranks is None
-    found = await discover(fetcher, recorder, most_concurrency, keep_headers=verify, checksums=verify and everything)
-    catalog = select(found.catalog, options.include, options.exclude)
+    everything = not (options.include or options.exclude) and options.rank is None
+    found = await discover(
+        fetcher,
+        recorder,
+        most_concurrency,
+        keep_headers=verify,
+        checksums=verify and everything,
+        rank_files=options.rank_files,
+    )
+    wanted = catalog = select(found.catalog, options.include, options.exclude)
     every: tuple[Plan, ...] = ()
-    if options.ranks is not None:
-        wanted, placements = catalog, options.placements
+    # A pre-sharded checkpoint holds this rank's tensors as they are needed.
+    if options.ranks is not None and not found.presharded:
+        placements = options.placements
         if not isinstance(placements, Placements):
             placements = Placements.from_config(await read_config(fetcher, recorder))
         slice_for = partial(placements.slice, wanted, uneven=options.uneven, whole=found.catalog)
         catalog = slice_for(options.ranks)
         if all_ranks:
             every = tuple(_plan(source, slice_for(ranks), read_bytes) for ranks in options.ranks_of_all())
+    if accept is not None:
+        catalog = accept(catalog, wanted)
     checksums = found.checksums
     if verify and not everything:
         # Only those that are read whole can be compared.

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from streamload.checkpoint import names_of_rank
+from streamload.checkpoint import RankFiles
 from streamload.errors import OptionError, StreamloadError
 from streamload.options import resolve
 from streamload.pipeline.engine import run_in_thread
 from streamload.pipeline.policy import RetryPolicy
 from streamload.save import Destination, open_destination
-from streamload.shared_memory import without_shared_memory
+from streamload.shared_memory import covering
 from streamload.sinks.dtypes import require_torch
 from streamload.uris import scrub_uri
 
@@ -54,7 +54,6 @@ def save_sharded(
     rank: int = 0,
     world_size: int = 1,
     pp_size: int = 1,
-    pp_rank: int | None = None,
     pattern: str | None = None,
     max_file_bytes: int | None = _MAX_FILE_BYTES,
     manifest: bool = True,
@@ -75,7 +74,6 @@ def save_sharded(
         rank: This rank.
         world_size: How many ranks there are.
         pp_size: How many pipeline stages these ranks make up; those of one stage follow one another.
-        pp_rank: The stage, to be checked: it follows from the rank.
         pattern: A file name over the fields ``rank``, ``tp_rank``, ``pp_rank`` and ``part``. None: vLLM's,
             ``model-rank-{rank}-part-{part}.safetensors``, or with several stages
             ``model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors``.
@@ -96,13 +94,13 @@ def save_sharded(
 
     if max_file_bytes is not None and (type(max_file_bytes) is not int or max_file_bytes < 1):
         raise OptionError(f"max_file_bytes={max_file_bytes!r} is not a whole number of at least 1")
-    names = names_of_rank(rank=rank, world_size=world_size, pp_size=pp_size, pp_rank=pp_rank, pattern=pattern)
+    names = RankFiles(rank, world_size, pp_size, pattern)
     name = os.fspath(uri)
     limit = memory_limit(memory_bytes)
     # Half of it for copies of tensors, half for parts of objects: neither waits for the other.
     destination = destination_for(name, limit // 2)
     tensors = {str(key): local_tensor(str(key), value) for key, value in _state_of(model).items()}
-    kept = without_shared_memory(tensors)
+    kept = covering(tensors)
     _wait_for_devices(kept)
 
     async def save() -> SavedShards:

@@ -1,56 +1,95 @@
-"""Tensors that share memory: which of them stand for the others."""
+"""Which tensors share memory, and which of them covers the others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["without_shared_memory"]
+__all__ = ["Extent", "Memory", "covering", "extent"]
+
+Extent: TypeAlias = "tuple[torch.device, int, int]"
 
 
-class _Span(NamedTuple):
-    """A tensor's bytes in memory; sorted, whatever covers another one comes before it."""
+def extent(tensor: torch.Tensor) -> Extent:
+    """Where a tensor lies: its device, the address of its first byte, and that behind its last one."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return tensor.device, start, start + tensor.nbytes
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.device, start, start + (last + 1) * tensor.element_size()
 
-    start: int
-    minus_end: int
-    strided: bool  # not contiguous: it does not own all of these bytes, and covers nothing
-    name: str
 
+def covering(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Leave out every tensor whose memory another one covers, and every empty one.
 
-def without_shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Leave out tensors whose memory is a part of another one's, as vLLM's sharded_state does.
+    Only a contiguous tensor covers others. Of tensors with the very same memory the contiguous one stays, and of
+    several such the one with the first name. Those that overlap without one covering the other all stay.
 
-    Of tensors that share their storage, one is left out where a contiguous one covers all of its bytes; of several with
-    the very same bytes, the first name of all stays. Tensors that overlap and do not cover each other both stay.
-    Tensors without elements are left out: sharded_state knows none.
+    The rule is that of vLLM's ``ShardedStateLoader``: what it saves of a model is what stays here.
 
     Args:
         tensors: By name.
 
     Returns:
-        Those that stay, in the same order.
+        What stays, in the order of `tensors`.
     """
-    groups: dict[tuple[torch.device, int], list[_Span]] = {}
+    by_device: dict[torch.device, list[tuple[int, int, bool, str]]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.numel():
-            storage = (tensor.device, tensor.untyped_storage().data_ptr())
-            groups.setdefault(storage, []).append(_span(name, tensor))
+            device, start, end = extent(tensor)
+            by_device[device].append((start, -end, not tensor.is_contiguous(), name))
     kept: set[str] = set()
-    for spans in groups.values():
-        covered_to = 0
-        for span in sorted(spans):
-            if -span.minus_end > covered_to:
-                kept.add(span.name)
-            if not span.strided:
-                covered_to = max(covered_to, -span.minus_end)
+    for places in by_device.values():
+        # Whatever can cover a tensor comes before it; of those, the one that reaches furthest covers it if any does.
+        reached = 0
+        places.sort()
+        for _, negative_end, scattered, name in places:
+            if -negative_end > reached:
+                kept.add(name)
+                if not scattered:
+                    reached = -negative_end
     return {name: tensor for name, tensor in tensors.items() if name in kept}
 
 
-def _span(name: str, tensor: torch.Tensor) -> _Span:
-    start = tensor.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = start + (last + 1) * tensor.element_size()
-    return _Span(start, -end, not tensor.is_contiguous(), name)
+class Memory:
+    """The memory that some tensors fill.
+
+    Args:
+        tensors: Those that are filled.
+    """
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        spans: dict[torch.device, list[tuple[int, int]]] = defaultdict(list)
+        self._geometries: set[object] = set()
+        for tensor in tensors:
+            self._geometries.add(_geometry(tensor))
+            device, start, end = extent(tensor)
+            # What has holes fills nothing but itself.
+            if end - start == tensor.numel() * tensor.element_size():
+                spans[device].append((start, end))
+        self._spans = {device: _joined(found) for device, found in spans.items()}
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether all of a tensor's memory is filled."""
+        if not tensor.numel() or _geometry(tensor) in self._geometries:
+            return True
+        device, start, end = extent(tensor)
+        return any(low <= start and end <= high for low, high in self._spans.get(device, ()))
+
+
+def _geometry(tensor: torch.Tensor) -> object:
+    return tensor.device, tensor.data_ptr(), tensor.element_size(), tensor.shape, tensor.stride()
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined

@@ -124,7 +124,8 @@ def verify(
 
 
 async def _verify(task: WholeRead, given: Mapping[str, ManifestFile] | None) -> Verification:
-    listed, _, objects = await find_shards(task.fetcher, task.recorder, task.concurrency)
+    shards = await find_shards(task.fetcher, task.recorder, task.concurrency, all_ranks=True)
+    listed, objects = shards.listed, shards.objects
     said, missing = dict(given or {}), set[str]()
     if given is None:
         said, missing = await _find_said(task, listed, objects)

@@ -84,18 +84,19 @@ class TestLoadOptions:
             {"deadline_s": True},
             {"strict_memory": 1},
             {"strict_memory": None},
+            {"s3_anonymous": 1},
             {"progress": None},
             {"progress": "yes"},
             {"on_event": 7},
             {"placements": "guess"},
             {"placements": None},
-            {"pipeline_parallel": 0},
+            {"pp_size": 0, "rank": 0, "world_size": 1},
             {"uneven": "floor"},
             {"expert_parallel": 1},
         ],
     )
     def test_refuse(self, given: dict[str, Any]) -> None:
-        (name,) = given
+        name = next(iter(given))
         with pytest.raises(OptionError, match=f"^{name}="):
             LoadOptions(**given)
 
@@ -115,6 +116,7 @@ class TestLoadOptions:
             {"deadline_s": 0.5},
             {"deadline_s": 3},
             {"strict_memory": True},
+            {"s3_anonymous": True},
             {"progress": print},
             {"on_event": print},
         ],
@@ -131,10 +133,10 @@ class TestRanks:
             ({"rank": 0}, "rank=0 is given without world_size"),
             ({"world_size": 4}, "world_size is given without a rank"),
             ({"placements": {"*": "colwise"}}, "placements is given without a rank"),
-            ({"pipeline_parallel": 2}, "pipeline_parallel is given without a rank"),
+            ({"pp_size": 2}, "pp_size is given without a rank"),
             ({"rank": 4, "world_size": 4}, "rank=4 is not a whole number from 0 to 3"),
             ({"rank": True, "world_size": 4}, "rank=True is not"),
-            ({"rank": 0, "world_size": 4, "pipeline_parallel": 3}, "4 ranks cannot be 3 stages of equal size"),
+            ({"rank": 0, "world_size": 4, "pp_size": 3}, "world_size=4 ranks cannot be pp_size=3 stages of one size"),
             ({"rank": Ranks(), "world_size": 1}, "world_size is for a rank that is a number"),
             ({"rank": "auto"}, "rank='auto'"),
             ({"rank": 0, "world_size": 1, "placements": {"*": "sideways"}}, "there is no style 'sideways'"),
@@ -146,7 +148,7 @@ class TestRanks:
             LoadOptions(**given)
 
     def test_neighbours_share_tensors_and_stages_share_layers(self) -> None:
-        options = LoadOptions(rank=5, world_size=8, pipeline_parallel=2, expert_parallel=True)
+        options = LoadOptions(rank=5, world_size=8, pp_size=2, expert_parallel=True)
         assert options.ranks == Ranks(tp_rank=1, tp_size=4, pp_rank=1, pp_size=2, ep_rank=1, ep_size=4)
         assert options.ranks_of_all()[5] == options.ranks
         assert len(set(options.ranks_of_all())) == 8
@@ -194,13 +196,15 @@ class TestResolve:
             "STREAMLOAD_ORDER": "file",
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
+            "STREAMLOAD_S3_ANONYMOUS": "true",
             "STREAMLOAD_PROGRESS": "1",
             "STREAMLOAD_HTTP_HEADERS": "X-Token: t",
             "STREAMLOAD_RANK": "5",
             "STREAMLOAD_WORLD_SIZE": "8",
-            "STREAMLOAD_PIPELINE_PARALLEL": "2",
+            "STREAMLOAD_PP_SIZE": "2",
             "STREAMLOAD_EXPERT_PARALLEL": "on",
             "STREAMLOAD_UNEVEN": "ceil",
+            "STREAMLOAD_PATTERN": "{pp_rank}-{rank}.safetensors",
             "STREAMLOAD_SOMETHING_ELSE": "ignored",
         }
         assert _resolve(environment) == LoadOptions(
@@ -214,13 +218,15 @@ class TestResolve:
             order="file",
             deadline_s=2.5,
             verify="off",
+            s3_anonymous=True,
             progress=True,
             http_headers={"X-Token": "t"},
             rank=5,
             world_size=8,
-            pipeline_parallel=2,
+            pp_size=2,
             expert_parallel=True,
             uneven="ceil",
+            pattern="{pp_rank}-{rank}.safetensors",
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"

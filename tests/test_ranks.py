@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 
 import streamload
 from streamload import Absent, Experts, PackedShard, Placement, Placements, Ranks, Replicate, Shard
-from streamload.errors import CheckpointError, ChecksumError, MemoryLimitError, NotFoundError, OptionError
+from streamload.errors import (
+    CheckpointError,
+    ChecksumError,
+    MemoryLimitError,
+    MismatchError,
+    NotFoundError,
+    OptionError,
+)
 from streamload.pipeline.verify import BY_MANIFEST, NOT_WHOLE, SLICED
 from streamload.sources.local import LocalSource
 from streamload.sources.memory import MemorySource
@@ -153,6 +160,53 @@ def test_from_s3(
     assert report.read_amplification == report.fetched_bytes / report.nbytes > 1.2
 
 
+@pytest.mark.parametrize("memory_bytes", [MIB, 64 * MIB])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_slices_go_straight_into_a_model(
+    folder: Path, tensors: dict[str, torch.Tensor], rank: int, memory_bytes: int
+) -> None:
+    expected = expected_of(tensors, rank)
+    into = {
+        name: torch.full_like(tensor, 7, memory_format=torch.contiguous_format) for name, tensor in expected.items()
+    }
+    into["model.norm.weight"] = torch.zeros(2 * HIDDEN, dtype=torch.bfloat16)[::2]
+    report = streamload.load_into(into, folder, rank=rank, world_size=WORLD, memory_bytes=memory_bytes)
+    check({name: tensor.contiguous() for name, tensor in into.items()}, expected)
+    assert report.nbytes == sum(tensor.nbytes for tensor in expected.values())
+    assert report.peak_staged_bytes <= memory_bytes
+    assert report.raised_memory_bytes is None
+
+
+def test_slices_go_into_a_model_from_a_source_that_passes_over_nothing(
+    in_memory: str, tensors: dict[str, torch.Tensor]
+) -> None:
+    expected = expected_of(tensors, 2)
+    into = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in expected.items()}
+    with pytest.raises(MismatchError, match="cast=True converts it"):
+        streamload.load_into(into, in_memory, rank=2, world_size=WORLD)
+    streamload.load_into(into, in_memory, rank=2, world_size=WORLD, cast=True)
+    check(into, {name: tensor.double() for name, tensor in expected.items()})
+    direct = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in expected.items()}
+    streamload.load_into(direct, in_memory, rank=2, world_size=WORLD)
+    check(direct, expected)
+
+
+def test_a_model_that_is_not_made_for_as_many_ranks_is_refused(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A slice in a corner of a whole parameter would be taken for a padded one."""
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    with pytest.raises(
+        MismatchError, match=r"of shape \[1000, 512\] is shared out, and this rank's part of shape"
+    ) as caught:
+        streamload.load_into(into, folder, rank=0, world_size=WORLD)
+    assert "make the model for as many ranks" in str(caught.value)
+    assert not any(bool(tensor.any()) for tensor in into.values())
+
+
+def test_a_plan_for_another_model_is_refused(folder: Path) -> None:
+    with pytest.raises(OptionError, match="no tensor is called as the tp_plan says: its first name is 'decoder"):
+        streamload.load(folder, rank=0, world_size=WORLD, placements={"decoder.*.dense": "colwise"})
+
+
 def test_blocks_of_a_slice_that_is_one_range_are_verified_by_a_manifest(tmp_path: Path) -> None:
     columns = torch.randn(4096, 1024)  # 16 MiB: a rank's slice has four whole blocks of the manifest
     save_file({"q_proj": columns, "o_proj": torch.randn(512, 512)}, tmp_path / "model.safetensors")
@@ -225,7 +279,7 @@ def test_all_placements_and_both_rules_for_what_does_not_divide(tmp_path: Path) 
 
 
 def test_pipeline_stages_share_the_layers_and_tensors_within(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    every = [streamload.load(folder, rank=rank, world_size=4, pipeline_parallel=2) for rank in range(4)]
+    every = [streamload.load(folder, rank=rank, world_size=4, pp_size=2) for rank in range(4)]
     assert every[0].keys() == every[1].keys()
     assert not every[0].keys() & every[2].keys()
     assert every[0].keys() | every[2].keys() == tensors.keys()
@@ -238,7 +292,7 @@ def test_a_tied_embedding_is_on_the_last_stage_too(tmp_path: Path, tensors: dict
     tied = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
     write_sharded(tmp_path, tied, files=1)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    stages = [streamload.load(tmp_path, rank=rank, world_size=3, pipeline_parallel=3) for rank in range(3)]
+    stages = [streamload.load(tmp_path, rank=rank, world_size=3, pp_size=3) for rank in range(3)]
     assert ["model.embed_tokens.weight" in stage for stage in stages] == [True, False, True]
 
 

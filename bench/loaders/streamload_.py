@@ -21,7 +21,7 @@ _S3_CLIENT = (
 
 
 class Streamload(Loader):
-    """`streamload.stream`, with verification as it is by default."""
+    """`streamload.stream` and `streamload.load_into`, with verification as it is by default."""
 
     name = "streamload"
     packages: ClassVar[tuple[tuple[str, str], ...]] = (("torch", "torch"), ("streamload", "streamload"))
@@ -34,7 +34,7 @@ class Streamload(Loader):
 
     def imports(self) -> None:
         """What a load imports by and by, too."""
-        for name in ("torch", "uvloop", "streamload", "streamload.sinks.host"):
+        for name in ("torch", "uvloop", "streamload", "streamload.sinks.host", "streamload.sinks.parameters"):
             import_module(name)
 
     def imports_for(self, job: Job) -> None:
@@ -62,18 +62,13 @@ class Streamload(Loader):
         return _outcome(job, nbytes, last, stream.report)
 
     def params(self, job: Job, params: Mapping[str, torch.Tensor]) -> Outcome:
-        """Every tensor is copied into its parameter."""
+        """`streamload.load_into`, as a user calls it."""
         import streamload
 
-        nbytes = 0
-        with streamload.stream(job.uri, device=job.device, memory_bytes=job.memory_bytes) as stream:
-            for name, tensor in stream:
-                params[name].copy_(tensor)
-                nbytes += tensor.nbytes
-            if job.device != "cpu":
-                import_module("torch").cuda.synchronize()
-            last = now()
-        return _outcome(job, nbytes, last, stream.report)
+        report = streamload.load_into(params, job.uri, memory_bytes=job.memory_bytes)
+        if job.device != "cpu":
+            import_module("torch").cuda.synchronize()
+        return _outcome(job, report.nbytes, now(), report)
 
     def command(self, job: Job) -> list[str]:
         """``streamload load``, by the interpreter that runs this."""

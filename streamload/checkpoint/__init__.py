@@ -21,7 +21,7 @@ from streamload.checkpoint.manifest import (
     manifest_names,
     parse_manifest,
 )
-from streamload.checkpoint.rank_names import PIPELINE_PATTERN, RANK_PATTERN, RankNames, names_of_rank
+from streamload.checkpoint.rank_files import PIPELINE_PATTERN, RANK_PATTERN, RankFiles, without_rank_files
 from streamload.checkpoint.tensors import Catalog, ShardFile, Stripe, TensorInfo
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
     "Index",
     "ManifestFile",
     "ManifestTensor",
-    "RankNames",
+    "RankFiles",
     "ShardFile",
     "Stripe",
     "TensorInfo",
@@ -54,11 +54,11 @@ __all__ = [
     "lay_out",
     "manifest_name",
     "manifest_names",
-    "names_of_rank",
     "parse_header",
     "parse_index",
     "parse_manifest",
     "select",
     "shard_keys",
     "tensor_bytes",
+    "without_rank_files",
 ]

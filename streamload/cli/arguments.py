@@ -61,7 +61,10 @@ def _add_reads(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
-    group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument(
+        "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
+    )
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
 
 
@@ -69,13 +72,13 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     group = _group(parser, "one rank of several")
     group.add_argument(
         "--rank",
-        type=_rank,
+        type=_number_or_auto,
         metavar="N",
         help="read only what this rank needs; auto: as torchrun says (RANK, WORLD_SIZE)",
     )
     group.add_argument("--world-size", type=int, metavar="N", help="how many ranks there are")
     group.add_argument(
-        "--pipeline-parallel", type=int, metavar="N", help="so many stages have a range of layers each (default 1)"
+        "--pp-size", type=int, metavar="N", help="so many pipeline stages have a range of the layers each (default 1)"
     )
     group.add_argument(
         "--expert-parallel",
@@ -91,6 +94,12 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--uneven", choices=("error", "ceil"), help="what to do where a size is not a multiple of the number of ranks"
+    )
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="what the files of a pre-sharded checkpoint are called, over {rank}, {tp_rank}, {pp_rank} and {part}; "
+        "vLLM's names if not given",
     )
 
 
@@ -149,15 +158,6 @@ def _nbytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _rank(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from error
-
-
 def _tp_plan(path: str) -> dict[str, str]:
     try:
         plan = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def _tp_plan(path: str) -> dict[str, str]:
     return plan
 
 
-def _concurrency(text: str) -> int | Literal["auto"]:
+def _number_or_auto(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:

@@ -28,6 +28,7 @@ examples:
   streamload load s3://models/llama --device cuda:0
   streamload load /models/llama --memory-bytes 256MiB --concurrency 8
   streamload load s3://models/llama --rank 0 --world-size 8
+  streamload load s3://models/llama-tp8 --rank 3 --world-size 8
   streamload load s3://models/llama --trace load.json   (opens in ui.perfetto.dev)
   streamload load s3://models/llama --quiet --json | jq .gb_per_s"""
 

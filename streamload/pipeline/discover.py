@@ -21,6 +21,7 @@ from streamload.checkpoint import (
     parse_index,
     shard_keys,
 )
+from streamload.checkpoint.rank_files import RankFiles, without_rank_files
 from streamload.checksums import Checksum, PartChecksums
 from streamload.errors import (
     CheckpointError,
@@ -37,7 +38,7 @@ from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["Discovered", "ask_checksums", "discover", "find_shards", "read_config", "read_header"]
+__all__ = ["Discovered", "Shards", "ask_checksums", "discover", "find_shards", "read_config", "read_header"]
 
 # The first read of a file. Nearly all headers are shorter (the Hub's own client reads 100 kB and finds 97 % of them
 # whole), and on an object store so much costs hardly more than a byte.
@@ -62,6 +63,7 @@ class Discovered:
         checksums: What `ask_checksums` found, by key; empty where it was not to ask.
         manifests: What manifests say of the shard files, by key; each fits its file. Empty where headers were not to be
             kept: nothing is verified then.
+        presharded: Whether these are one rank's files of a pre-sharded checkpoint.
     """
 
     catalog: Catalog
@@ -69,10 +71,17 @@ class Discovered:
     headers: dict[str, bytes]
     checksums: dict[str, Checksum | PartChecksums | str]
     manifests: dict[str, ManifestFile]
+    presharded: bool
 
 
 async def discover(
-    fetcher: Fetcher, recorder: Recorder, concurrency: int, *, keep_headers: bool, checksums: bool
+    fetcher: Fetcher,
+    recorder: Recorder,
+    concurrency: int,
+    *,
+    keep_headers: bool,
+    checksums: bool,
+    rank_files: RankFiles | None = None,
 ) -> Discovered:
     """Learn which tensors there are.
 
@@ -82,12 +91,15 @@ async def discover(
         concurrency: How many requests are made at once.
         keep_headers: Whether the headers' bytes are wanted, to sum them up, and the manifests.
         checksums: Whether to ask for all objects' checksums at the same time.
+        rank_files: What the wanted rank's files are called where the checkpoint is pre-sharded; it counts as that where
+            there are any.
 
     Raises:
         CheckpointError: The files do not make a checkpoint, or a manifest was written for others.
         SourceError: The source's.
     """
-    listed, index, objects = await find_shards(fetcher, recorder, concurrency)
+    shards = await find_shards(fetcher, recorder, concurrency, rank_files=rank_files)
+    listed, index, objects = shards.listed, shards.index, shards.objects
 
     lanes: asyncio.Queue[str] = asyncio.Queue()
     for number in range(concurrency):
@@ -112,16 +124,43 @@ async def discover(
         headers={file.key: header for file, header in found} if keep_headers else {},
         checksums=asking.result(),
         manifests=manifests,
+        presharded=shards.presharded,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Which files make the checkpoint.
+
+    Attributes:
+        listed: Everything under the URI, by its key.
+        index: What the index says, if there is one that counts.
+        objects: The shard files, by their keys.
+        presharded: Whether these are one rank's files of a pre-sharded checkpoint.
+    """
+
+    listed: dict[str, SourceObject]
+    index: Index | None
+    objects: dict[str, SourceObject]
+    presharded: bool
+
+
 async def find_shards(
-    fetcher: Fetcher, recorder: Recorder, concurrency: int
-) -> tuple[dict[str, SourceObject], Index | None, dict[str, SourceObject]]:
+    fetcher: Fetcher,
+    recorder: Recorder,
+    concurrency: int,
+    *,
+    rank_files: RankFiles | None = None,
+    all_ranks: bool = False,
+) -> Shards:
     """List what lies under the URI, and choose the shard files.
 
-    Returns:
-        Everything by its key, what the index says if there is one, and the shard files by their keys.
+    Args:
+        fetcher: Asks the source.
+        recorder: Told of the time that it takes.
+        concurrency: How many requests are made at once.
+        rank_files: As for `discover`.
+        all_ranks: Whether every rank's files of a pre-sharded checkpoint count, for who reads files and not tensors.
 
     Raises:
         CheckpointError: There is no shard file, or the index does not fit.
@@ -130,13 +169,18 @@ async def find_shards(
     started_s = recorder.now()
     with recorder.stage("list"):
         listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
-        index = await _read_index(fetcher, recorder, listed)
-        keys = shard_keys(tuple(listed), index, all_listed=fetcher.source.lists_folders)
+        names = tuple(listed)
+        keys = None if rank_files is None else rank_files.choose(names)
+        presharded = keys is not None
+        index = None if presharded else await _read_index(fetcher, recorder, listed)
+        if keys is None:
+            names = names if all_ranks or index is not None else without_rank_files(names)
+            keys = shard_keys(names, index, all_listed=fetcher.source.lists_folders)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     # Until it is known what of it is wanted.
     recorder.total_bytes = sum(object.size_bytes for object in objects.values())
     recorder.event("list", "engine", started_s, detail=f"{len(listed)} objects, {len(objects)} shard files")
-    return listed, index, objects
+    return Shards(listed, index, objects, presharded)
 
 
 async def read_header(fetcher: Fetcher, recorder: Recorder, object: SourceObject) -> tuple[ShardFile, bytes]:

@@ -14,7 +14,7 @@ from streamload.checkpoint import (
     Entry,
     ManifestFile,
     ManifestTensor,
-    RankNames,
+    RankFiles,
     ShardFile,
     encode_manifest,
     lay_out,
@@ -81,7 +81,7 @@ def split(entries: list[Entry], max_file_bytes: int | None) -> list[list[Entry]]
 
 async def write_sharded(
     destination: Destination,
-    names: RankNames,
+    names: RankFiles,
     tensors: Mapping[str, torch.Tensor],
     *,
     max_file_bytes: int | None,

@@ -9,7 +9,6 @@ Where slices are read together with the gaps between them, `scatter` says what b
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from streamload.plan import Batch, Piece, Read
 from streamload.sinks.base import Delivery, Lease, NamedTensor, Sink
 from streamload.sinks.dtypes import check_dtypes, torch_dtypes, torch_shape
 from streamload.sinks.pool import HostPool, round_to_pages
-from streamload.sinks.scatter import SCRATCH_BYTES, copy_out, is_bounced, is_sliced, scattered
+from streamload.sinks.scatter import SCRATCH_BYTES, Bounces, is_bounced, is_sliced, scattered
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +29,6 @@ __all__ = ["HostDelivery", "HostLease", "HostSink"]
 # Below this a tensor is copied out: rounding a region up to pages wastes at most a sixteenth from here on.
 _SMALL_BYTES = 64 << 10
 
-# Of the memory limit, at most this share is for receiving reads as a whole: enough of them are then in flight.
-_BOUNCE_SHARE = 8
 
 # Memory that something may still write into. It outlives every sink: nothing else can be done with it.
 _QUARANTINED: list[memoryview] = []
@@ -47,17 +44,16 @@ class HostLease(Lease):
     Of a batch with slices, the gaps are not in the shared region, and some regions more are for receiving whole reads.
     """
 
-    __slots__ = ("bounces", "free_bounces", "quarantined", "regions", "shared", "shared_starts")
+    __slots__ = ("bounces", "quarantined", "regions", "shared", "shared_starts")
 
     def __init__(
-        self, batch: Batch, pool: HostPool, offset: Callable[[int, int], int], *, bounces: int, bounce_bytes: int
+        self, batch: Batch, pool: HostPool, offset: Callable[[int, int], int], bounces: tuple[int, int]
     ) -> None:
         super().__init__(batch)
         self.regions: dict[int, _Region] = {}
         self.shared_starts: dict[int, int] = {}
         self.quarantined = False
-        self.bounces = [pool.take(bounce_bytes) for _ in range(bounces)]
-        self.free_bounces = asyncio.Semaphore(bounces)
+        self.bounces = Bounces(pool.take, bounces)
         shared_bytes = _shared_bytes(batch)
         self.shared = _NO_REGION
         if shared_bytes:
@@ -158,7 +154,6 @@ class HostSink(Sink[HostLease]):
         self._memory_bytes = memory_bytes
         self._pool = HostPool(memory_bytes)
         self._scratch = memoryview(bytearray(SCRATCH_BYTES))
-        self._bounced: dict[Loan, memoryview] = {}
         self._quarantined_bytes = 0
 
     def check(self, catalog: Catalog) -> None:
@@ -168,15 +163,8 @@ class HostSink(Sink[HostLease]):
         large = sum(self._region_bytes(tensor.start, tensor.nbytes) for tensor in batch.tensors if _is_large(tensor))
         shared_bytes = _shared_bytes(batch)
         shared = self._region_bytes(batch.reads[0].start, shared_bytes) if shared_bytes else 0
-        bounces, bounce_bytes = self._bounces(batch)
+        bounces, bounce_bytes = Bounces.sizes(batch, self._memory_bytes)
         return large + shared + bounces * round_to_pages(bounce_bytes)
-
-    def _bounces(self, batch: Batch) -> tuple[int, int]:
-        """How many regions a batch needs for reads that are received as a whole, and how large they are."""
-        sizes = [read.nbytes for read in batch.reads if is_bounced(read)] if batch.sliced else []
-        if not sizes:
-            return 0, 0
-        return min(len(sizes), max(1, self._memory_bytes // _BOUNCE_SHARE // max(sizes))), max(sizes)
 
     def _region_bytes(self, start: int, nbytes: int) -> int:
         return round_to_pages(self._offset(start, nbytes) + nbytes)
@@ -190,8 +178,7 @@ class HostSink(Sink[HostLease]):
 
     def begin(self, batch: Batch, spare_bytes: int) -> HostLease:
         try:
-            bounces, bounce_bytes = self._bounces(batch)
-            lease = HostLease(batch, self._pool, self._offset, bounces=bounces, bounce_bytes=bounce_bytes)
+            lease = HostLease(batch, self._pool, self._offset, Bounces.sizes(batch, self._memory_bytes))
         except (MemoryError, OSError, OverflowError) as error:
             nbytes, name = self.credit_bytes(batch), batch.tensors[0].name
             raise MemoryLimitError(f"the system does not give {nbytes} bytes for tensor {name!r}: {error}") from error
@@ -207,26 +194,16 @@ class HostSink(Sink[HostLease]):
             return Loan(lease.views(read))
         if not is_bounced(read):
             return scattered(read, lease.place, self._scratch)
-        await lease.free_bounces.acquire()
-        received = lease.bounces.pop()
-        loan = Loan([received[: read.nbytes]])
-        self._bounced[loan] = received
-        return loan
+        return await lease.bounces.lend(read)
 
     def landed(self, lease: HostLease, read: Read, loan: Loan) -> None:
-        received = self._bounced.pop(loan, None)
-        if received is not None:
-            copy_out(read.pieces, lease.place, received)
-            lease.bounces.append(received)
-            lease.free_bounces.release()
+        lease.bounces.landed(loan, read, lease.place)
 
     def failed(self, lease: HostLease, read: Read, loan: Loan) -> None:
-        received = self._bounced.pop(loan, None)
+        received = lease.bounces.failed(loan)
         if not loan.quarantined:
-            if received is not None:
-                lease.bounces.append(received)
-                lease.free_bounces.release()
-        elif received is not None:
+            return
+        if received is not None:
             self._quarantine([received])
         elif not lease.quarantined:
             lease.quarantined = True

@@ -8,18 +8,87 @@ received as a whole, and the pieces are copied out.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from streamload.loan import Loan
-from streamload.plan import Piece, Pieces, Read
+from streamload.plan import Batch, Piece, Pieces, Read
 
-__all__ = ["SCRATCH_BYTES", "copy_out", "is_bounced", "is_sliced", "scattered"]
+__all__ = ["SCRATCH_BYTES", "Bounces", "copy_out", "is_bounced", "is_sliced", "scattered"]
 
 # What a gap lands in: small enough to stay in the processor's cache, large enough for one call on a socket.
 SCRATCH_BYTES = 64 << 10
 
 # Receiving into a view of its own costs some 5 microseconds of the event loop's time, in which 32 KiB are copied.
 _BOUNCED_BYTES = 32 << 10
+
+# The regions for whole reads take no more than this part of the load's memory limit, but for the first.
+_BOUNCE_SHARE = 8
+
+
+class Bounces:
+    """A batch's regions for reads that are received as a whole: few of them, for all of its reads in turn.
+
+    Args:
+        take: Gives memory.
+        sizes: How many regions, and how large; what `sizes` says.
+    """
+
+    __slots__ = ("_free", "_lent", "_regions")
+
+    def __init__(self, take: Callable[[int], memoryview], sizes: tuple[int, int]) -> None:
+        count, nbytes = sizes
+        self._regions = [take(nbytes) for _ in range(count)]
+        self._free = asyncio.Semaphore(count)
+        self._lent: dict[Loan, memoryview] = {}
+
+    @staticmethod
+    def sizes(batch: Batch, memory_bytes: int) -> tuple[int, int]:
+        """How many regions a batch needs, and how large they are, in bytes.
+
+        Args:
+            batch: What will be read.
+            memory_bytes: The load's memory limit.
+        """
+        sizes = [read.nbytes for read in batch.reads if is_bounced(read)] if batch.sliced else []
+        if not sizes:
+            return 0, 0
+        return min(len(sizes), max(1, memory_bytes // _BOUNCE_SHARE // max(sizes))), max(sizes)
+
+    async def lend(self, read: Read) -> Loan:
+        """Lend a region for a read that is bounced, waiting for one that is free."""
+        await self._free.acquire()
+        region = self._regions.pop()
+        loan = Loan([region[: read.nbytes]])
+        self._lent[loan] = region
+        return loan
+
+    def landed(self, loan: Loan, read: Read, place: Callable[[Piece], tuple[memoryview, int]]) -> None:
+        """Where the loan is one of these, copy the read's pieces to their places, and take the region back."""
+        region = self._lent.pop(loan, None)
+        if region is not None:
+            copy_out(read.pieces, place, region)
+            self._give_back(region)
+
+    def failed(self, loan: Loan) -> memoryview | None:
+        """Take a region back whose content is worthless.
+
+        Returns:
+            The region, where the loan is one of these and something may still write into it.
+        """
+        region = self._lent.pop(loan, None)
+        if region is None or loan.quarantined:
+            return region
+        self._give_back(region)
+        return None
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._regions.clear()
+
+    def _give_back(self, region: memoryview) -> None:
+        self._regions.append(region)
+        self._free.release()
 
 
 def is_sliced(read: Read) -> bool:

@@ -26,7 +26,7 @@ _BUILT_IN = {
 }
 
 # Set for a process, whatever it loads: no mistake where a source has no use for them.
-_WHOEVER_TAKES_THEM = {"http_headers"}
+_WHOEVER_TAKES_THEM = {"http_headers", "s3_anonymous"}
 
 # Another package serves a scheme by naming a factory under it, in this group of entry points.
 _GROUP = "streamload.sources"

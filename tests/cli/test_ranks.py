@@ -53,7 +53,7 @@ def test_load_takes_the_ranks_share(cli: Program, llama: Path) -> None:
     report = json.loads(found.out)
     assert report["tensors"] == 4
     assert report["nbytes"] == 96 * 64 * 2 // 4 + 64 * 64 * 2 // 4 + 80 * 64 * 2 // 4 + 64 * 4
-    stage = cli("load", llama, "--rank", "3", "--world-size", "4", "--pipeline-parallel", "2", "--json", "--quiet")
+    stage = cli("load", llama, "--rank", "3", "--world-size", "4", "--pp-size", "2", "--json", "--quiet")
     assert json.loads(stage.out)["tensors"] == 3
 
 

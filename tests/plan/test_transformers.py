@@ -194,7 +194,7 @@ def cut(placements: Placements, tensor: TensorInfo, ranks: Ranks) -> TensorInfo 
 def test_what_the_family_saves_is_loaded_by_every_rank(model: Any, family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     whole = streamload.load(tmp_path)
-    for options in ({}, {"pipeline_parallel": 2}, {"expert_parallel": True}):
+    for options in ({}, {"pp_size": 2}, {"expert_parallel": True}):
         every = [streamload.load(tmp_path, rank=rank, world_size=4, **options) for rank in range(4)]
         assert set().union(*every) == whole.keys()
         for name, tensor in whole.items():

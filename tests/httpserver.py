@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -155,16 +156,21 @@ def run_server(server: FileServer, *, tls: ssl.SSLContext | None = None) -> Iter
         web_server = web.Server(server.answer, access_log=None, handler_cancellation=True)
         runner = web.ServerRunner(web_server)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
-        await site.start()
-        host, port = runner.addresses[0][:2]
+        listening = socket.create_server(("127.0.0.1", 0))
+        await web.SockSite(runner, listening, ssl_context=tls).start()
+        host, port = listening.getsockname()
         server.origin = f"{'http' if tls is None else 'https'}://{host}:{port}"
         started.set_result(asyncio.get_running_loop())
         await end.wait()
-        # Not gracefully: a client that is still connected would be waited for, or its transport left over.
-        for connection in web_server.connections:
-            if connection.transport is not None:
-                connection.transport.abort()
+        # Not gracefully: a client that is still connected would be waited for, or its transport left over. One that has
+        # just been accepted is a task first, and asyncio forgets its socket where the server is closed meanwhile: so
+        # nobody is accepted any more, and then nobody is left, and then it is closed.
+        asyncio.get_running_loop().remove_reader(listening)
+        while asyncio.all_tasks() - {asyncio.current_task()}:
+            for connection in web_server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await asyncio.sleep(0)
         await runner.cleanup()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), name="http-server")

@@ -8,9 +8,9 @@
         ...
 
 Loggers: ``streamload.progress`` (INFO: a line every few seconds, with ``progress=True`` and no terminal),
-``streamload.events`` (INFO: attempts that are made again; ERROR: a callback raised), ``streamload.sources`` (WARNING:
-a thread was left behind in the kernel). The library prints nothing, but for the bar of
-``progress=True``.
+``streamload.events`` (INFO: attempts that are made again; ERROR: a callback raised), ``streamload.options`` (WARNING: a
+variable's name is misspelt), ``streamload.sources`` (WARNING: a thread was left behind in the kernel). The library
+prints nothing, but for the bar of ``progress=True``.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.verify import Verifier
 from streamload.plan import LEAST_READ_BYTES, Placements, Plan, plan_reads
 from streamload.report import Recorder
-from streamload.sources import Source, SourceObject
+from streamload.sources import Source, SourceObject, open_source
 
-__all__ = ["PlannedLoad", "effective_reads", "plan_load"]
+__all__ = ["PlannedLoad", "effective_reads", "plan_load", "source_for"]
 
 # Where many connections may bring more, smaller reads let as many work within little memory: two thirds faster from a
 # store that gives each 100 MiB/s. Below the least size, waiting for first bytes costs more than that.
@@ -47,6 +47,16 @@ class PlannedLoad:
     concurrency: int
     most_concurrency: int
     every_rank: tuple[Plan, ...] = ()
+
+
+def source_for(uri: str, options: LoadOptions) -> Source:
+    """Make the source that a URI and the options ask for; see `open_source`.
+
+    Raises:
+        OptionError: Nothing serves the URI.
+    """
+    concurrency = None if options.concurrency == "auto" else options.concurrency
+    return open_source(uri, source=options.source, concurrency=concurrency, **options.for_source())
 
 
 async def plan_load(

@@ -69,12 +69,11 @@ def _run(argv: Sequence[str] | None, signals: Signals) -> int:
     try:
         with console.log_lines(quiet=getattr(given, "quiet", False)):
             return command.run(given, signals)
-    except streamload.OptionError as error:
-        console.complain(f"error: {error}")
-        return 2
     except streamload.StreamloadError as error:
         console.complain(f"error: {error}")
-        return 1
+        if getattr(given, "json", False) and not getattr(given, "reported", False):
+            console.emit_failure(error)
+        return 2 if isinstance(error, streamload.OptionError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

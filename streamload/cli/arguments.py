@@ -10,7 +10,17 @@ from typing import Literal, cast
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_hub", "add_json", "add_loading", "add_reading", "add_uri", "add_whole", "options_of"]
+__all__ = [
+    "EXIT_CODES",
+    "add_hub",
+    "add_json",
+    "add_loading",
+    "add_memory",
+    "add_reading",
+    "add_uri",
+    "add_whole",
+    "options_of",
+]
 
 EXIT_CODES = """\
 exit codes:
@@ -27,7 +37,8 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         "uri",
         metavar="URI",
         nargs="?" if optional else None,
-        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these",
+        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these; "
+        "runai+s3://... and runai+file://... are read by Run:ai's engine",
     )
 
 
@@ -52,7 +63,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 def add_whole(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a checkpoint is read of which all is read."""
     group = _group(parser, "how it is read")
-    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_memory(group)
     _add_reads(group)
 
 
@@ -62,6 +73,7 @@ def _add_reads(group: argparse._ArgumentGroup) -> None:
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--source", metavar="NAME", help="what serves the URI, whatever its scheme: runai, for example")
     group.add_argument(
         "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
     )
@@ -119,11 +131,20 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add ``--memory-bytes`` by itself, for what plans a load and makes none: reads are smaller where memory is."""
+    _add_memory(_group(parser, "how much memory"))
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where tensors go."""
     group = _group(parser, "where tensors go")
     group.add_argument("--device", metavar="DEVICE", help="cpu (the default), cuda, cuda:1")
-    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_memory(group)
     group.add_argument(
         "--strict-memory",
         action=argparse.BooleanOptionalAction,

@@ -163,9 +163,11 @@ class _LocalFile(NewFile):
             self._published = False
             _unlink(self._final)
         elif self._fd is not None:
-            # Before it is unlocked: afterwards it may be another save's.
-            _unlink(self._unfinished)
-            self._close()
+            try:
+                # Before it is unlocked: afterwards it may be another save's.
+                _unlink(self._unfinished)
+            finally:
+                self._close()
 
     def _close(self) -> None:
         fd, self._fd = self._fd, None

@@ -199,7 +199,7 @@ class _Upload(NewFile):
         self._sending: list[asyncio.Task[dict[str, Any]]] = []
         self._sums: list[tuple[int, int]] = []
         self._parts: list[dict[str, Any]] = []
-        self._published = False
+        self._published: bool | None = False  # None: nobody knows
         self._failed: BaseException | None = None
 
     async def begin(self) -> None:
@@ -273,7 +273,7 @@ class _Upload(NewFile):
 
     async def publish(self) -> None:
         # From here on, cancelled or cut off, it may have been completed all the same: then it has to be removed.
-        self._published = True
+        self._published = None
         try:
             answer = await self._folder.call(
                 "complete_multipart_upload", self.name, UploadId=self._id, MultipartUpload={"Parts": self._parts}
@@ -283,6 +283,7 @@ class _Upload(NewFile):
             answer = await self._folder.call("head_object", self.name, ChecksumMode="ENABLED")
             if answer.get("ContentLength") != self.size_bytes or not answer.get("ChecksumCRC64NVME"):
                 raise
+        self._published = True
         # Each part was compared when it came. What they were put together to is told only now.
         kept = answer.get("ChecksumCRC64NVME")
         if kept is not None and kept not in self._whole():
@@ -311,9 +312,18 @@ class _Upload(NewFile):
         upload_id, self._id = self._id, None
         if upload_id is not None:
             await self._folder.abort(self.name, upload_id)
-        if self._published:
-            self._published = False
+        published, self._published = self._published, False
+        if published or (published is None and await self._is_there()):
             await self._folder.remove(self.name)
+
+    async def _is_there(self) -> bool:
+        """Whether what is under its name is this file, as far as that can be told; it may be an earlier one."""
+        try:
+            answer = await self._folder.call("head_object", self.name, ChecksumMode="ENABLED")
+        except NotFoundError:
+            return False
+        kept = answer.get("ChecksumCRC64NVME")
+        return answer.get("ContentLength") == self.size_bytes and (kept is None or kept in self._whole())
 
 
 def _base64(value: int) -> str:

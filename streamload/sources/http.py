@@ -56,7 +56,6 @@ class HttpSource(Source):
     """
 
     scheme: ClassVar[str] = "http"
-    options: ClassVar[frozenset[str]] = frozenset({"http_headers"})
     # As from an object store: what one connection brings in half the time that a request waits for its first byte.
     request_cost_bytes: ClassVar[int] = 1 << 20
     read_bytes: ClassVar[int] = 8 << 20

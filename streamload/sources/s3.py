@@ -24,7 +24,7 @@ from streamload.sources.operations import Operations
 from streamload.sources.writer import ViewWriter
 
 if TYPE_CHECKING:
-    from streamload.sources.s3_client import S3Client
+    from streamload.sources.s3_client import Connection, S3Client
     from streamload.wire import Head
 
 __all__ = ["Place", "S3Source", "place_of"]
@@ -98,7 +98,6 @@ class S3Source(Source):
     concurrency: ClassVar[int] = 8
     # What a link of 50 Gbit/s takes.
     most_concurrency: ClassVar[int | None] = 64
-    options: ClassVar[frozenset[str]] = frozenset({"s3_anonymous"})
     hedged: ClassVar[bool] = True
 
     def __init__(
@@ -185,6 +184,25 @@ class S3Source(Source):
             except SourceError as error:
                 return {"answer": f"none: {error.cause}"}
             return await client.describe(self._place.prefix)
+
+    async def connection(self) -> Connection:
+        """Where objects are asked for, and with what: for those who ask S3 themselves.
+
+        Raises:
+            CredentialsError: There are no credentials.
+        """
+        async with self._operations.running():
+            try:
+                return await (await self._open()).connection()
+            except SourceError as error:
+                raise error.locate(uri=self.uri) from None
+
+    def plain_uri_of(self, key: str) -> str | None:
+        """An object as ``s3://bucket/key``; None where more than that is to be said to S3."""
+        place = self._place
+        if place.versions or place.requester_pays or place.bucket.startswith("arn:"):
+            return None
+        return f"s3://{place.bucket}/{place.prefix}{key}"
 
     async def aclose(self) -> None:
         try:

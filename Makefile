@@ -57,7 +57,7 @@ types: $(INSTALLED)
 
 .PHONY: pytest
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not gpu and not root'
+	$(BIN)/python -m pytest -n auto -m 'not gpu and not root'
 
 # One after the other even under make -j: the output stays readable, and the cheap checks fail first.
 .PHONY: test

@@ -119,7 +119,7 @@ def doctor(uri: str | os.PathLike[str] | None = None, **options: Unpack[Options]
     resolved, origins = resolve(cast("dict[str, Any]", options))
     name = None if uri is None else os.fspath(uri)
     fixed = None if resolved.concurrency == "auto" else resolved.concurrency
-    source = None if name is None else open_source(name, concurrency=fixed)
+    source = None if name is None else open_source(name, concurrency=fixed, **resolved.for_source())
     concurrency = fixed or (0 if source is None else source.most_concurrency or source.concurrency)
     findings = [
         *_options(origins),

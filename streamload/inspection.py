@@ -174,7 +174,7 @@ def inspect(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Inspecti
     assert resolved.memory_bytes is not None
     name = os.fspath(uri)
     concurrency = None if resolved.concurrency == "auto" else resolved.concurrency
-    opened = open_source(name, concurrency=concurrency)
+    opened = open_source(name, concurrency=concurrency, **resolved.for_source())
     recorder = Recorder(scrub_uri(name), "none", resolved.memory_bytes, on_event=resolved.on_event)
 
     async def look() -> Inspection:

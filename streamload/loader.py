@@ -227,7 +227,8 @@ class _Load:
         self.opened.set_running_or_notify_cancel()  # whoever waits for it and is cancelled must not cancel it
         self.engine = Engine(self._main)
         self.engine.finished.add_done_callback(self._engine_ended)
-        self._source = open_source(uri, concurrency=None if options.concurrency == "auto" else options.concurrency)
+        concurrency = None if options.concurrency == "auto" else options.concurrency
+        self._source = open_source(uri, concurrency=concurrency, **options.for_source())
         # Here, on the caller's thread: a CUDA device takes the caller's current stream.
         self._make_sink = make_sink or sink_for(options.device, self.recorder.copied)
 

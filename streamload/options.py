@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Order: TypeAlias = Literal["completion", "file"]
-Verify: TypeAlias = Literal["auto", "off", "require"]
+Verify: TypeAlias = Literal["auto", "off", "require", "sha256"]
 Concurrency: TypeAlias = "int | Literal['auto']"
 Rank: TypeAlias = "int | Ranks | Literal['auto'] | None"
 Placed: TypeAlias = "Placements | Literal['auto']"
@@ -43,6 +43,20 @@ _MEMORY_SHARE = 4
 _MEMORY_DEFAULT_MOST = 1 << 30
 _MEMORY_LEAST = 1 << 20
 _CONCURRENCY_MOST = 1024
+
+# Only some sources take these; each says which (`Source.options`).
+_OF_SOURCES = (
+    "http_headers",
+    "s3_anonymous",
+    "revision",
+    "allow_patterns",
+    "ignore_patterns",
+    "download_dir",
+    "cache",
+)
+
+# Their values may be secrets.
+_HIDDEN = {"http_headers"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +80,19 @@ class LoadOptions:
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
         verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
             as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
-            ``"off"`` does not.
+            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub keeps of a file, which makes
+            reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+        s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
+        http_headers: What goes with each request to an ``http://`` or ``https://`` URI's own host, a token perhaps; no
+            value is ever shown. Other sources have no use for them.
+        revision: Of an ``hf://`` repository: a branch, a tag or a commit. None: its default branch.
+        allow_patterns: Globs of paths in an ``hf://`` repository: other files are left out. None: all count.
+        ignore_patterns: The same; these files are left out.
+        download_dir: The folder of the Hub's cache. None: ``HF_HUB_CACHE``, or where that is by default.
+        cache: Whether files of an ``hf://`` repository that are read whole are put into that cache.
         rank: Load only what this rank needs; ``"auto"``: the rank that torchrun has given this process (``RANK``,
             ``WORLD_SIZE``, and ``LOCAL_RANK`` for a device that is just ``cuda``). `Ranks` says it in full. None: load
             everything. Of a pre-sharded checkpoint, this rank's files are read; of an ordinary one, its slices.
@@ -97,8 +120,15 @@ class LoadOptions:
     order: Order = "completion"
     deadline_s: float | None = None
     verify: Verify = "auto"
+    s3_anonymous: bool = False
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
+    http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
+    revision: str | None = None
+    allow_patterns: tuple[str, ...] | None = None
+    ignore_patterns: tuple[str, ...] | None = None
+    download_dir: str | None = None
+    cache: bool = False
     rank: Rank = None
     world_size: int | None = None
     pp_size: int = 1
@@ -112,14 +142,7 @@ class LoadOptions:
             object.__setattr__(self, "device", str(self.device))
         _check(isinstance(self.device, str) and bool(self.device), "device", self.device, "a device such as cuda:0")
         for name in ("include", "exclude"):
-            globs = getattr(self, name)
-            if isinstance(globs, str):
-                # A lone string is a sequence of letters, each of them a valid glob: surely not what was meant.
-                raise OptionError(f"{name}={globs!r} is a string: give a list of globs")
-            _check(isinstance(globs, Iterable), name, globs, "a list of globs")
-            globs = tuple(globs)
-            _check(all(isinstance(glob, str) for glob in globs), name, globs, "a list of globs")
-            object.__setattr__(self, name, globs)
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if self.memory_bytes is not None:
             _check_integer("memory_bytes", self.memory_bytes, _MEMORY_LEAST)
         if self.read_bytes is not None:
@@ -129,15 +152,32 @@ class LoadOptions:
         if self.max_bytes_per_s is not None:
             _check_positive("max_bytes_per_s", self.max_bytes_per_s, "bytes a second above zero")
         _check(self.order in ("completion", "file"), "order", self.order, "'completion' or 'file'")
-        _check(self.verify in ("auto", "off", "require"), "verify", self.verify, "'auto', 'off' or 'require'")
+        verify_ok = self.verify in ("auto", "off", "require", "sha256")
+        _check(verify_ok, "verify", self.verify, "'auto', 'off', 'require' or 'sha256'")
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
         self._check_ranks()
-        for name in ("strict_memory", "expert_parallel"):
+        for name in ("strict_memory", "expert_parallel", "s3_anonymous", "cache"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
         _check(self.on_event is None or callable(self.on_event), "on_event", self.on_event, "a callable")
+        if not isinstance(self.http_headers, Mapping):
+            raise OptionError("http_headers is not a mapping of names to values")
+        object.__setattr__(self, "http_headers", dict(self.http_headers))
+        for name in ("allow_patterns", "ignore_patterns"):
+            if (patterns := getattr(self, name)) is not None:
+                # A lone pattern is what huggingface_hub takes, too.
+                object.__setattr__(self, name, _globs(name, [patterns] if isinstance(patterns, str) else patterns))
+        if isinstance(self.download_dir, os.PathLike):
+            object.__setattr__(self, "download_dir", os.fspath(self.download_dir))
+        for name in ("revision", "download_dir"):
+            value = getattr(self, name)
+            _check(value is None or (isinstance(value, str) and bool(value)), name, value, "a string, and not empty")
+
+    def for_source(self) -> dict[str, Any]:
+        """What is given of the options that only some sources take."""
+        return {name: value for name in _OF_SOURCES if (value := getattr(self, name)) not in (None, {}, False)}
 
     def _check_ranks(self) -> None:
         _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
@@ -225,8 +265,15 @@ class Options(TypedDict, total=False):
     order: Order
     deadline_s: float | None
     verify: Verify
+    s3_anonymous: bool
     progress: bool | OnProgress
     on_event: OnEvent | None
+    http_headers: Mapping[str, str]
+    revision: str | None
+    allow_patterns: Sequence[str] | str | None
+    ignore_patterns: Sequence[str] | str | None
+    download_dir: str | os.PathLike[str] | None
+    cache: bool
     rank: Rank
     world_size: int | None
     pp_size: int
@@ -267,7 +314,7 @@ def resolve(
         OptionError: An unknown name, or a value without meaning.
     """
     environment = os.environ if environment is None else environment
-    known = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
+    known = [field.name for field in dataclasses.fields(LoadOptions)]
     for name in given:
         if name not in known:
             raise OptionError(f"there is no option {name!r}; there are {', '.join(known)}")
@@ -280,7 +327,8 @@ def resolve(
             try:
                 values[name] = parse(text)
             except ValueError as error:
-                raise OptionError(f"{variable}={text!r}: {error}") from error
+                shown = "" if name in _HIDDEN else f"={text!r}"
+                raise OptionError(f"{variable}{shown}: {error}") from error
             origins[name] = f"environment ({variable})"
     values.update(given)
     origins.update(dict.fromkeys(given, "argument"))
@@ -362,6 +410,16 @@ def _parse_globs(text: str) -> tuple[str, ...]:
     return tuple(glob.strip() for glob in text.split(",") if glob.strip())
 
 
+def _parse_headers(text: str) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip() or name.strip() in headers:
+            raise ValueError("it is not a line 'Name: value' for each header")
+        headers[name.strip()] = value.strip()
+    return headers
+
+
 _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "device": str.strip,
     "include": _parse_globs,
@@ -374,7 +432,9 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
+    "s3_anonymous": _parse_flag,
     "progress": _parse_flag,
+    "http_headers": _parse_headers,
     "rank": _parse_number_or_auto,
     "world_size": int,
     "pp_size": int,
@@ -387,6 +447,8 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
 def _shown(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value} ({format_bytes(value)})"
+    if name in _HIDDEN:
+        return ", ".join(cast("Mapping[str, str]", value)) or "none"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, tuple):
@@ -394,6 +456,16 @@ def _shown(name: str, value: object) -> str:
     if name == "max_bytes_per_s":
         return "no limit" if value is None else str(value)
     return "the source's choice" if name == "read_bytes" and value is None else str(value)
+
+
+def _globs(name: str, globs: Any) -> tuple[str, ...]:
+    if isinstance(globs, str):
+        # A lone string is a sequence of letters, each of them a valid glob: surely not what was meant.
+        raise OptionError(f"{name}={globs!r} is a string: give a list of globs")
+    _check(isinstance(globs, Iterable), name, globs, "a list of globs")
+    found: tuple[str, ...] = tuple(globs)
+    _check(all(isinstance(glob, str) for glob in found), name, found, "a list of globs")
+    return found
 
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:

@@ -110,6 +110,12 @@ async def plan_load(
             if sum(tensor.nbytes for tensor in file.tensors) == nbytes[file.key]
         ]
         checksums = await ask_checksums(fetcher, whole, most_concurrency)
+    sha256s: dict[str, bytes] = {}
+    if options.verify in ("require", "sha256"):
+        for object in (found.objects[file.key] for file in catalog.files):
+            sha256 = await fetcher.ask(partial(source.sha256, object), key=object.key)
+            if sha256 is not None:
+                sha256s[object.key] = sha256
     plan = _plan(source, catalog, read_bytes)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
     verifier = Verifier(
@@ -118,6 +124,7 @@ async def plan_load(
         found.headers,
         recorder,
         manifests=found.manifests,
+        sha256s=sha256s,
         off=not verify,
         required=options.verify == "require",
     )

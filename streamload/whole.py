@@ -53,7 +53,7 @@ class WholeRead:
         self.options: LoadOptions = resolve(cast("dict[str, Any]", options))[0]
         assert self.options.memory_bytes is not None
         concurrency = None if self.options.concurrency == "auto" else self.options.concurrency
-        self.source: Source = open_source(uri, concurrency=concurrency)
+        self.source: Source = open_source(uri, concurrency=concurrency, **self.options.for_source())
         self.recorder = Recorder(scrub_uri(uri), "none", self.options.memory_bytes, on_event=self.options.on_event)
         pace = None if self.options.max_bytes_per_s is None else Pace(self.options.max_bytes_per_s)
         self.fetcher = Fetcher(self.source, self.recorder, pace=pace)

@@ -405,6 +405,8 @@ CONTENT: Content = {
     f"model-{at}.safetensors": save({name: TENSORS[name] for name in sorted(TENSORS)[at::2]}) for at in range(2)
 }
 SMALL: dict[str, Any] = {"read_bytes": 30_000, "concurrency": 3}
+# For the only rank of a world, which has others to listen to and yet loads an ordinary checkpoint whole.
+EVERYWHERE = {"*": streamload.Replicate()}
 
 
 def targets() -> dict[str, torch.Tensor]:
@@ -459,7 +461,7 @@ class FakePeers:
 
     def when_failed(self, call: Callable[[PeerError], None]) -> None:
         def fail() -> None:
-            self._source.blocked.result()
+            self._source.blocked.result(timeout=60)
             call(PeerError("rank 1 failed: it happens", rank=1))
 
         self.threads.append(threading.Thread(target=fail))
@@ -486,7 +488,7 @@ def test_ended_by_another_rank_at_any_operation_nothing_writes_any_more(
     monkeypatch.setattr("streamload.loader.join_peers", lambda: peers)
     into = targets()
     with pytest.raises(PeerError, match="rank 1 failed: it happens") as caught:
-        streamload.load_into(into, "memory://", rank=0, world_size=1, **SMALL)
+        streamload.load_into(into, "memory://", rank=0, world_size=1, placements=EVERYWHERE, **SMALL)
     after = bits(into)
     source.release()
     assert peers.told == [caught.value]
@@ -513,7 +515,9 @@ def test_where_another_rank_fails_at_the_end_the_content_does_not_count(
     monkeypatch.setattr(peers, "when_failed", lambda call: None)
     monkeypatch.setattr("streamload.loader.join_peers", lambda: peers)
     with pytest.raises(PeerError, match=f"rank 1 failed: late; {UNDEFINED}") as caught:
-        streamload.load_into(targets(), "memory://", rank=0, world_size=1, deadline_s=1000, **SMALL)
+        streamload.load_into(
+            targets(), "memory://", rank=0, world_size=1, placements=EVERYWHERE, deadline_s=1000, **SMALL
+        )
     assert peers.told == [caught.value]
 
 

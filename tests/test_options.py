@@ -84,18 +84,19 @@ class TestLoadOptions:
             {"deadline_s": True},
             {"strict_memory": 1},
             {"strict_memory": None},
+            {"s3_anonymous": 1},
             {"progress": None},
             {"progress": "yes"},
             {"on_event": 7},
             {"placements": "guess"},
             {"placements": None},
-            {"pp_size": 0},
+            {"pp_size": 0, "rank": 0, "world_size": 1},
             {"uneven": "floor"},
             {"expert_parallel": 1},
         ],
     )
     def test_refuse(self, given: dict[str, Any]) -> None:
-        (name,) = given
+        name = next(iter(given))
         with pytest.raises(OptionError, match=f"^{name}="):
             LoadOptions(**given)
 
@@ -115,6 +116,7 @@ class TestLoadOptions:
             {"deadline_s": 0.5},
             {"deadline_s": 3},
             {"strict_memory": True},
+            {"s3_anonymous": True},
             {"progress": print},
             {"on_event": print},
         ],
@@ -194,7 +196,9 @@ class TestResolve:
             "STREAMLOAD_ORDER": "file",
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
+            "STREAMLOAD_S3_ANONYMOUS": "true",
             "STREAMLOAD_PROGRESS": "1",
+            "STREAMLOAD_HTTP_HEADERS": "X-Token: t",
             "STREAMLOAD_RANK": "5",
             "STREAMLOAD_WORLD_SIZE": "8",
             "STREAMLOAD_PP_SIZE": "2",
@@ -214,7 +218,9 @@ class TestResolve:
             order="file",
             deadline_s=2.5,
             verify="off",
+            s3_anonymous=True,
             progress=True,
+            http_headers={"X-Token": "t"},
             rank=5,
             world_size=8,
             pp_size=2,
@@ -224,6 +230,9 @@ class TestResolve:
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"
+        # Of one repository, not of a process.
+        for name in ("revision", "allow_patterns", "ignore_patterns", "download_dir", "cache"):
+            assert origins.pop(name) == "default"
         assert origins.pop("placements") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
 

@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 
 import streamload
 from streamload import Absent, Experts, PackedShard, Placement, Placements, Ranks, Replicate, Shard
-from streamload.errors import CheckpointError, ChecksumError, MemoryLimitError, NotFoundError, OptionError
+from streamload.errors import (
+    CheckpointError,
+    ChecksumError,
+    MemoryLimitError,
+    MismatchError,
+    NotFoundError,
+    OptionError,
+)
 from streamload.pipeline.verify import BY_MANIFEST, NOT_WHOLE, SLICED
 from streamload.sources.local import LocalSource
 from streamload.sources.memory import MemorySource
@@ -151,6 +158,53 @@ def test_from_s3(
     fetched = report.fetched_bytes - report.header_bytes
     assert sliced < fetched <= sliced + rows + 20 * 4096
     assert report.read_amplification == report.fetched_bytes / report.nbytes > 1.2
+
+
+@pytest.mark.parametrize("memory_bytes", [MIB, 64 * MIB])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_slices_go_straight_into_a_model(
+    folder: Path, tensors: dict[str, torch.Tensor], rank: int, memory_bytes: int
+) -> None:
+    expected = expected_of(tensors, rank)
+    into = {
+        name: torch.full_like(tensor, 7, memory_format=torch.contiguous_format) for name, tensor in expected.items()
+    }
+    into["model.norm.weight"] = torch.zeros(2 * HIDDEN, dtype=torch.bfloat16)[::2]
+    report = streamload.load_into(into, folder, rank=rank, world_size=WORLD, memory_bytes=memory_bytes)
+    check({name: tensor.contiguous() for name, tensor in into.items()}, expected)
+    assert report.nbytes == sum(tensor.nbytes for tensor in expected.values())
+    assert report.peak_staged_bytes <= memory_bytes
+    assert report.raised_memory_bytes is None
+
+
+def test_slices_go_into_a_model_from_a_source_that_passes_over_nothing(
+    in_memory: str, tensors: dict[str, torch.Tensor]
+) -> None:
+    expected = expected_of(tensors, 2)
+    into = {name: torch.zeros(tensor.shape, dtype=torch.float64) for name, tensor in expected.items()}
+    with pytest.raises(MismatchError, match="cast=True converts it"):
+        streamload.load_into(into, in_memory, rank=2, world_size=WORLD)
+    streamload.load_into(into, in_memory, rank=2, world_size=WORLD, cast=True)
+    check(into, {name: tensor.double() for name, tensor in expected.items()})
+    direct = {name: torch.zeros(tensor.shape, dtype=tensor.dtype) for name, tensor in expected.items()}
+    streamload.load_into(direct, in_memory, rank=2, world_size=WORLD)
+    check(direct, expected)
+
+
+def test_a_model_that_is_not_made_for_as_many_ranks_is_refused(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A slice in a corner of a whole parameter would be taken for a padded one."""
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    with pytest.raises(
+        MismatchError, match=r"of shape \[1000, 512\] is shared out, and this rank's part of shape"
+    ) as caught:
+        streamload.load_into(into, folder, rank=0, world_size=WORLD)
+    assert "make the model for as many ranks" in str(caught.value)
+    assert not any(bool(tensor.any()) for tensor in into.values())
+
+
+def test_a_plan_for_another_model_is_refused(folder: Path) -> None:
+    with pytest.raises(OptionError, match="no tensor is called as the tp_plan says: its first name is 'decoder"):
+        streamload.load(folder, rank=0, world_size=WORLD, placements={"decoder.*.dense": "colwise"})
 
 
 def test_blocks_of_a_slice_that_is_one_range_are_verified_by_a_manifest(tmp_path: Path) -> None:

@@ -15,13 +15,14 @@ from streamload.errors import CheckpointError, IndexFileError, OptionError
 __all__ = ["build_catalog", "name_filter", "select", "shard_keys"]
 
 
-def shard_keys(listed_keys: Sequence[str], index: Index | None) -> tuple[str, ...]:
+def shard_keys(listed_keys: Sequence[str], index: Index | None, *, all_listed: bool = True) -> tuple[str, ...]:
     """Say which shard files make the checkpoint, in the order in which they are read.
 
     Args:
         listed_keys: What lies in the checkpoint's folder, deeper folders left out.
         index: What the chosen index file says, if there is one. Only the files that it names count then: a folder can
             hold the same weights twice.
+        all_listed: Whether that is all that lies there; where not, the index is believed.
 
     Returns:
         Their keys in natural order; never empty. A file that the index names in a deeper folder is among them unseen.
@@ -31,7 +32,8 @@ def shard_keys(listed_keys: Sequence[str], index: Index | None) -> tuple[str, ..
         CheckpointError: There is no shard file.
     """
     if index is not None:
-        _check_listed(index, set(listed_keys))
+        if all_listed:
+            _check_listed(index, set(listed_keys))
         return index.shards
     shards = sorted((key for key in listed_keys if key.endswith(SHARD_SUFFIX)), key=natural_key)
     if not shards:

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_reading", "add_uri", "add_whole", "options_of"]
+__all__ = ["EXIT_CODES", "add_hub", "add_json", "add_loading", "add_reading", "add_uri", "add_whole", "options_of"]
 
 EXIT_CODES = """\
 exit codes:
@@ -27,7 +27,7 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         "uri",
         metavar="URI",
         nargs="?" if optional else None,
-        help="a directory, a .safetensors file, s3://bucket/prefix or s3://bucket/key.safetensors",
+        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these",
     )
 
 
@@ -62,6 +62,9 @@ def _add_reads(group: argparse._ArgumentGroup) -> None:
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument(
+        "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
+    )
     group.add_argument("--deadline-s", type=float, metavar="S", help="fail when not done after so many seconds")
 
 
@@ -100,6 +103,22 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what lies on the Hub."""
+    group = _group(parser, "of a repository on the Hub (hf://)")
+    group.add_argument("--revision", metavar="NAME", help="a branch, a tag or a commit")
+    group.add_argument(
+        "--allow-patterns", nargs="+", action="extend", metavar="GLOB", help="only files whose paths match one of these"
+    )
+    group.add_argument(
+        "--ignore-patterns", nargs="+", action="extend", metavar="GLOB", help="no files whose paths match one of these"
+    )
+    group.add_argument("--download-dir", metavar="DIR", help="the cache's folder, in place of the usual one")
+    group.add_argument(
+        "--cache", action="store_true", help="put files that are read whole into the cache, for others to find"
+    )
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where tensors go."""
     group = _group(parser, "where tensors go")
@@ -115,8 +134,9 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--verify",
-        choices=("auto", "off", "require"),
-        help="check content against a manifest and the source's checksums, do not, or fail where something has neither",
+        choices=("auto", "off", "require", "sha256"),
+        help="check content against a manifest and the source's checksums, do not, fail where something has neither, "
+        "or compare the SHA-256 that the Hub keeps, too",
     )
 
 

@@ -32,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="show the reads that a load would make")
     arguments.add_json(parser)
     arguments.add_reading(parser)
+    arguments.add_hub(parser)
 
 
 def run(given: argparse.Namespace, signals: Signals) -> int:

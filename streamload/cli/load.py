@@ -44,6 +44,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     arguments.add_loading(parser)
     arguments.add_reading(parser)
+    arguments.add_hub(parser)
 
 
 def run(given: argparse.Namespace, signals: Signals) -> int:

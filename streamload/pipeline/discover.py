@@ -174,7 +174,8 @@ async def find_shards(
         presharded = keys is not None
         index = None if presharded else await _read_index(fetcher, recorder, listed)
         if keys is None:
-            keys = shard_keys(names if all_ranks or index is not None else without_rank_files(names), index)
+            names = names if all_ranks or index is not None else without_rank_files(names)
+            keys = shard_keys(names, index, all_listed=fetcher.source.lists_folders)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     # Until it is known what of it is wanted.
     recorder.total_bytes = sum(object.size_bytes for object in objects.values())

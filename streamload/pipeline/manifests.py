@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 
-from streamload.checkpoint import MAX_MANIFEST_BYTES, ManifestFile, manifest_names, parse_manifest
+from streamload.checkpoint import MANIFEST_NAME, MAX_MANIFEST_BYTES, ManifestFile, manifest_names, parse_manifest
 from streamload.errors import ManifestError, SourceError, TransientError
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
@@ -68,6 +68,9 @@ async def read_manifests(
     there = {name: listed[name] for name in wanted if name in listed}
     if is_one_file(fetcher.source.uri, listed):
         there = await _look_for(fetcher, wanted)
+    elif not fetcher.source.lists_folders:
+        # Only that of the whole checkpoint: to look for those of each file would be a request or more for each.
+        there = await _look_for(fetcher, wanted.keys() & {MANIFEST_NAME})
     async with asyncio.TaskGroup() as group:
         reading = {name: group.create_task(_read(fetcher, recorder, object)) for name, object in there.items()}
     return {name: task.result() for name, task in reading.items()}

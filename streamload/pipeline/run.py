@@ -265,6 +265,7 @@ class Pipeline:
             await self._fetcher.read(object, read.start, read.end, loan, lane)
             if summed_up:
                 self._verifier.add(object.key, read.start, loan)
+            await self._verifier.digest(object.key, read.start, loan)
         except BaseException:
             sink.failed(open_batch.lease, read, loan)
             recorder.quarantined_bytes = sink.quarantined_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from streamload.checkpoint import ManifestFile
@@ -11,11 +12,13 @@ from streamload.checksums import Algorithm, Checksum, PartChecksums, PartialChec
 from streamload.errors import ChecksumError, ManifestError
 from streamload.loan import Loan
 from streamload.pipeline.blocks import BlockVerifier
-from streamload.plan import Batch, Plan
+from streamload.pipeline.digest import OrderedDigest
+from streamload.plan import Batch, Plan, Read
 from streamload.report import Recorder
 
-__all__ = ["BY_MANIFEST", "NOT_KEPT", "NOT_WHOLE", "PARTLY_READ", "SLICED", "SWITCHED_OFF", "Verifier"]
+__all__ = ["BY_MANIFEST", "BY_SHA256", "NOT_KEPT", "NOT_WHOLE", "PARTLY_READ", "SLICED", "SWITCHED_OFF", "Verifier"]
 
+BY_SHA256 = "SHA-256 of the whole object"
 BY_MANIFEST = "CRC64NVME of each block, by a manifest"
 
 NOT_KEPT = "the source keeps no checksum of the whole object that parts could be combined to"
@@ -67,6 +70,30 @@ class _Watched:
             )
 
 
+@dataclass(slots=True)
+class _Digested:
+    """One object that is compared by a digest.
+
+    Attributes:
+        digest: What sums it up.
+        tensor_bytes: Of its tensors.
+        header: What comes first; None once it was summed up.
+    """
+
+    digest: OrderedDigest
+    tensor_bytes: int
+    header: bytes | None
+
+
+def _in_order(reads: Sequence[Read], start: int, end: int) -> bool:
+    """Whether reads are all of a range, one behind the other."""
+    for read in reads:
+        if read.start != start:
+            return False
+        start = read.end
+    return start == end
+
+
 class Verifier:
     """Sums up what arrives, and compares each block, object, or part an object was uploaded in, that is complete.
 
@@ -83,6 +110,7 @@ class Verifier:
         headers: The objects' headers, their eight bytes of length included, by key.
         recorder: Told how many bytes were verified, by what, and how many not, and why.
         manifests: What manifests say of the files, by key; each fits its file.
+        sha256s: The SHA-256 of files' content, by key, which are compared where nothing else is.
         off: Whether nothing is to be verified.
         required: Whether everything has to be.
 
@@ -99,12 +127,15 @@ class Verifier:
         recorder: Recorder,
         *,
         manifests: Mapping[str, ManifestFile] | None = None,
+        sha256s: Mapping[str, bytes] | None = None,
         off: bool = False,
         required: bool = False,
     ) -> None:
         self._recorder = recorder
         self._watched: dict[str, _Watched] = {}
         self._blocks: dict[str, BlockVerifier] = {}
+        self._digests: dict[str, _Digested] = {}
+        sha256s = sha256s or {}
         manifests = manifests or {}
         batches: dict[int, list[Batch]] = {}
         for batch in plan.batches:
@@ -124,7 +155,15 @@ class Verifier:
             planned_bytes = sum(read.nbytes for batch in of_file for read in batch.reads)
             if not isinstance(checksum, str) and planned_bytes + file.header_bytes != file.size_bytes:
                 checksum = NOT_WHOLE
-            if isinstance(checksum, str):
+            reads = [read for batch in of_file for read in batch.reads]
+            if (
+                isinstance(checksum, str)
+                and file.key in sha256s
+                and _in_order(reads, file.header_bytes, file.size_bytes)
+            ):
+                digest = OrderedDigest(sha256s[file.key], file.size_bytes)
+                self._digests[file.key] = _Digested(digest, tensor_bytes, headers[file.key])
+            elif isinstance(checksum, str):
                 self._leave(tensor_bytes, checksum, key=file.key, required=required)
             else:
                 self._watched[file.key] = _Watched(checksum, file.size_bytes, tensor_bytes)
@@ -203,6 +242,24 @@ class Verifier:
             self._recorder.verified(blocks.add(start, running.sums()), BY_MANIFEST)
         elif key in self._watched:
             self._add(self._watched[key], key, start, running)
+
+    async def digest(self, key: str, start: int, loan: Loan) -> None:
+        """The same for an object that is compared by a digest: waits until what comes before was summed up.
+
+        Raises:
+            ChecksumError: The object is complete, and not what the source says.
+        """
+        digested = self._digests.get(key)
+        if digested is None:
+            return
+        try:
+            if digested.header is not None:
+                header, digested.header = digested.header, None
+                await digested.digest.add(0, [memoryview(header)])
+            if await digested.digest.add(start, loan.views):
+                self._recorder.verified(digested.tensor_bytes, BY_SHA256)
+        except ChecksumError as error:
+            raise error.locate(object=key) from None
 
     def _add(self, watched: _Watched, key: str, start: int, running: RunningChecksum) -> None:
         for nbytes, value in running.sums():

@@ -80,23 +80,34 @@ class PlannedPlacements(Placements):
         numbers = [int(found["number"]) for name in names if (found := _EXPERT.fullmatch(name))]
         bound = copy(self)
         bound._experts = max(numbers, default=-1) + 1
+        if self._plan and names and all(self._style_of(name)[0] is None for name in names):
+            raise OptionError(
+                f"no tensor is called as the tp_plan says: its first name is {next(iter(self._plan))!r}, the "
+                f"checkpoint's {names[0]!r}"
+            )
         return bound
 
     def of(self, tensor: TensorInfo, ranks: Ranks, uneven: Uneven = "error") -> Placement:
-        name = local_name(tensor.name)
-        for old, new in _RENAMED:
-            name = name.replace(old, new)
-        expert = _EXPERT.fullmatch(name)
-        style = self._style(tensor.name) or self._style(name)
-        if expert is not None and style is None and expert["projection"] in _FUSED:
-            style = self._style(f"{expert['module']}.{_FUSED[expert['projection']]}")
-            if style is not None:
-                return self._of_expert(tensor, style, int(expert["number"]), ranks)
+        style, number = self._style_of(tensor.name)
         if style is None:
-            implicit = self._plan and name == "embed_tokens.weight"
+            implicit = self._plan and local_name(tensor.name) == "embed_tokens.weight"
             return Shard(0) if implicit else Replicate()
+        if number is not None:
+            return self._of_expert(tensor, style, number, ranks)
         matrix, vector = STYLES[style]
         return vector if len(tensor.shape) < 2 else matrix
+
+    def _style_of(self, tensor: str) -> tuple[str | None, int | None]:
+        """What the plan says of a tensor, and its expert's number where it says it of the fused experts."""
+        name = local_name(tensor)
+        for old, new in _RENAMED:
+            name = name.replace(old, new)
+        style = self._style(tensor) or self._style(name)
+        expert = _EXPERT.fullmatch(name)
+        if style is None and expert is not None and expert["projection"] in _FUSED:
+            style = self._style(f"{expert['module']}.{_FUSED[expert['projection']]}")
+            return style, int(expert["number"])
+        return style, None
 
     def _style(self, name: str) -> str | None:
         generic = wildcards(name)

@@ -61,6 +61,7 @@ class S3Destination(Destination):
             place.bucket,
             versions={},
             requester_pays=place.requester_pays,
+            anonymous=False,
             connections=_CONNECTIONS,
             connect_timeout_s=_CONNECT_TIMEOUT_S,
             read_timeout_s=_READ_TIMEOUT_S,

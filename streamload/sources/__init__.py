@@ -19,25 +19,32 @@ SourceFactory: TypeAlias = Callable[..., Any]
 # Module and class; the modules are imported when a URI asks for them.
 _BUILT_IN = {
     "file": ("streamload.sources.local", "LocalSource"),
+    "hf": ("streamload.sources.hub", "HubSource"),
+    "http": ("streamload.sources.http", "HttpSource"),
+    "https": ("streamload.sources.http", "HttpSource"),
     "s3": ("streamload.sources.s3", "S3Source"),
 }
+
+# Set for a process, whatever it loads: no mistake where a source has no use for them.
+_WHOEVER_TAKES_THEM = {"http_headers", "s3_anonymous"}
 
 # Another package serves a scheme by naming a factory under it, in this group of entry points.
 _GROUP = "streamload.sources"
 
 
-def open_source(uri: str, *, concurrency: int | None = None) -> Source:
+def open_source(uri: str, *, concurrency: int | None = None, **options: Any) -> Source:
     """Make the source that a URI asks for. Nothing is opened or requested yet.
 
     Args:
         uri: A path, or a URI with one of the known schemes.
         concurrency: How many reads should be possible at once; by default, the source's own number.
+        **options: What only some sources take, by the name that it has in `LoadOptions`.
 
     Returns:
         A source that has not been entered.
 
     Raises:
-        OptionError: Nothing serves the URI's scheme, or the URI makes no sense to what does.
+        OptionError: Nothing serves the URI's scheme, or the URI or an option makes no sense to what does.
         MissingDependencyError: What serves it cannot be imported.
     """
     if uri.endswith(".safetensors.index.json"):
@@ -49,7 +56,10 @@ def open_source(uri: str, *, concurrency: int | None = None) -> Source:
         factory: SourceFactory = getattr(import_module(module), name)
     else:
         factory = _load(scheme, uri)
-    source = factory(uri, concurrency=concurrency)
+    taken: frozenset[str] = getattr(factory, "options", frozenset())
+    for name in options.keys() - taken - _WHOEVER_TAKES_THEM:
+        raise OptionError(f"{name} has no meaning for {scheme}://", uri=uri)
+    source = factory(uri, concurrency=concurrency, **{name: options[name] for name in options.keys() & taken})
     if not isinstance(source, Source):
         raise OptionError(f"what serves {scheme}:// made a {type(source).__name__}, not a Source", uri=uri)
     return source

@@ -32,6 +32,12 @@ __all__ = ["Place", "S3Source", "place_of"]
 # A listing of so many objects is not a checkpoint's, and would take a minute: 1000 come with each page.
 _MAX_PAGES = 100
 
+# Of those that are named where there is nothing beside them.
+_SHOWN_FOLDERS = 5
+
+# Of a number of 64 bits with a sign.
+_MAX_SIZE_BYTES = (1 << 63) - 1
+
 # Connections beyond those that read: for listing, and for a read that begins while another one's connection is closing.
 _SPARE_CONNECTIONS = 4
 
@@ -44,6 +50,9 @@ _ARN = re.compile(
     r")(?:/(?P<path>.*))?",
     re.DOTALL,
 )
+
+# All that any bucket's name can have: S3 itself and its likes are stricter, each in its own way.
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 # What may follow a question mark; after any other word it belongs to the key, which may have one.
 _OPTIONS = re.compile(r"(?:versionId|requestPayer)=[^&?/]*(?:&(?:versionId|requestPayer)=[^&?/]*)*")
@@ -69,6 +78,7 @@ class S3Source(Source):
     Args:
         uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it, nor has any other ``?``.
         concurrency: How many reads should be possible at once; by default, the class's `most_concurrency`.
+        s3_anonymous: Whether to ask without credentials, and not to look for any.
         connect_timeout_s: How long making a connection may take: two lost packets are mended after 3 s.
         read_timeout_s: How long a connection may be silent. S3 sends the first byte within a second nearly always; a
             store that fetches from a slower one takes longer.
@@ -88,6 +98,7 @@ class S3Source(Source):
     concurrency: ClassVar[int] = 8
     # What a link of 50 Gbit/s takes.
     most_concurrency: ClassVar[int | None] = 64
+    options: ClassVar[frozenset[str]] = frozenset({"s3_anonymous"})
     hedged: ClassVar[bool] = True
 
     def __init__(
@@ -95,6 +106,7 @@ class S3Source(Source):
         uri: str,
         *,
         concurrency: int | None = None,
+        s3_anonymous: bool = False,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 20.0,
     ) -> None:
@@ -102,6 +114,7 @@ class S3Source(Source):
         self._place = place_of(uri)
         self.companions = not self._place.versions
         self._connections = (concurrency or self.most_concurrency or self.concurrency) + _SPARE_CONNECTIONS
+        self._anonymous = s3_anonymous
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._operations = Operations()
@@ -113,11 +126,11 @@ class S3Source(Source):
             return [await self.stat(self._place.name)]
         async with self._operations.running():
             try:
-                objects = await self._list_folder(await self._open())
+                objects, folders = await self._list_folder(await self._open())
             except SourceError as error:
                 raise error.locate(uri=self.uri) from None
         if not objects:
-            raise NotFoundError("there are no objects under this prefix", uri=self.uri)
+            raise NotFoundError(f"there are no objects under this prefix{_shown(folders)}", uri=self.uri)
         return sorted(objects, key=lambda object: object.key)
 
     async def stat(self, key: str) -> SourceObject:
@@ -193,6 +206,7 @@ class S3Source(Source):
                         self._place.bucket,
                         versions=self._place.versions,
                         requester_pays=self._place.requester_pays,
+                        anonymous=self._anonymous,
                         connections=self._connections,
                         connect_timeout_s=self._connect_timeout_s,
                         read_timeout_s=self._read_timeout_s,
@@ -203,20 +217,29 @@ class S3Source(Source):
     def _count(self) -> None:
         self.requests += 1
 
-    async def _list_folder(self, client: S3Client) -> Sequence[SourceObject]:
+    async def _list_folder(self, client: S3Client) -> tuple[Sequence[SourceObject], Sequence[str]]:
+        """The objects, and the names of some of the folders beside them."""
         prefix = self._place.prefix
         objects: list[SourceObject] = []
+        folders: list[str] = []
         more: dict[str, str] = {}
         for _ in range(_MAX_PAGES):
             page = await client.call("list_objects_v2", Prefix=prefix, Delimiter="/", **more)
             for entry in page.get("Contents", ()):
-                key = entry["Key"].removeprefix(prefix)
+                name = entry.get("Key", "")
+                if not name.startswith(prefix) or not name:
+                    raise SourceError(f"{client.host} lists {name!r}, which is not under the prefix that was asked for")
+                key = name.removeprefix(prefix)
                 # Consoles mark a folder with an empty object that is called as the folder is.
                 if key and not key.endswith("/"):
                     objects.append(_object(key, entry.get("Size"), entry.get("ETag")))
+            if len(folders) <= _SHOWN_FOLDERS:
+                folders += [str(entry.get("Prefix")).removeprefix(prefix) for entry in page.get("CommonPrefixes", ())]
+            if not page.get("IsTruncated"):
+                return objects, folders
             token = page.get("NextContinuationToken")
-            if not page.get("IsTruncated") or not token:
-                return objects
+            if not token:
+                raise SourceError(f"{client.host} says that its listing goes on, and not where")
             more = {"ContinuationToken": token}
         raise SourceError(f"there are more than {len(objects)} objects under this prefix: this is no checkpoint")
 
@@ -308,14 +331,19 @@ def place_of(uri: str) -> Place:
     """
     rest, options = _options_of(uri.partition("://")[2], uri)
     bucket, _, path = rest.partition("/")
+    arn = _ARN.fullmatch(rest)
     if bucket.startswith("arn:"):
-        arn = _ARN.fullmatch(rest)
         if arn is None:
             raise OptionError("this is not the ARN of an access point, with a prefix or key after it or not", uri=uri)
         bucket, path = arn["bucket"], arn["path"] or ""
     # Who writes user:password@bucket may mean it; it has no meaning here, and must not come as far as a message.
     if not bucket or "@" in bucket or (":" in bucket and not bucket.startswith("arn:")):
         raise OptionError("an S3 URI is s3://bucket, s3://bucket/prefix or s3://bucket/key.safetensors", uri=uri)
+    if not arn and not _BUCKET.fullmatch(bucket):
+        raise OptionError(
+            f"{bucket!r} cannot be a bucket's name: those have letters, digits, dots, dashes and underscores only",
+            uri=uri,
+        )
     version_id, requester_pays = options.get("versionId"), "requestPayer" in options
     if path.endswith(".safetensors"):
         folder, slash, name = path.rpartition("/")
@@ -342,9 +370,22 @@ def _options_of(rest: str, uri: str) -> tuple[str, dict[str, str]]:
     return before, options
 
 
+def _shown(folders: Sequence[str]) -> str:
+    """The folders that somebody may have meant."""
+    if not folders:
+        return ""
+    more = ", …" if len(folders) > _SHOWN_FOLDERS else ""
+    return f", only folders: {', '.join(folders[:_SHOWN_FOLDERS])}{more}"
+
+
 def _object(key: str, size_bytes: int | None, tag: str | None) -> SourceObject:
     if size_bytes is None or not tag:
         raise SourceError("the server tells no size or no ETag, so no version can be pinned", object=key)
+    if not 0 <= size_bytes <= _MAX_SIZE_BYTES:
+        raise SourceError(f"the server says that the object has {size_bytes} bytes", object=key)
+    # It goes into the head of requests as it is.
+    if not (tag.isascii() and tag.isprintable()):
+        raise SourceError(f"the server tells an ETag that is none: {tag!r}", object=key)
     return SourceObject(key, size_bytes, tag)
 
 

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession, get_session
-from botocore.exceptions import ClientError
+from botocore import UNSIGNED
+from botocore.exceptions import ClientError, ConnectionClosedError
 from botocore.loaders import Loader, create_loader
 
-from streamload.errors import CredentialsError, SourceError
+from streamload.errors import CredentialsError, ObjectChangedError, SourceError
 from streamload.loan import Loan
+from streamload.sources.s3_answers import BoundedSession, StrictParsers
 from streamload.sources.s3_errors import (
     EXPIRED,
     FOREIGN_ERRORS,
     SKEWED,
     error_code,
     error_headers,
+    is_changed,
+    other_tag,
     translate_s3_error,
 )
 from streamload.sources.s3_signing import ServerClock, Signer, parse_date
 from streamload.sources.s3_wire import S3Wire
 from streamload.uris import scrub_uri
-from streamload.wire import Head, Lanes
+from streamload.wire import ONLY_TLS, Head, Lanes, speaks_tls
 
 __all__ = ["Asked", "S3Client"]
 
@@ -44,10 +48,17 @@ _CREDENTIALS_TIMEOUT_S = 30.0
 # a server that sends its head byte by byte.
 _ANSWER_TIMEOUT_S = 60.0
 
+# An error that is known already does not wait longer for one detail of it.
+_DETAIL_TIMEOUT_S = 5.0
+
 # Statuses that S3 gives for several reasons: expired keys, unknown keys or no permission, no bucket or no object.
 _UNEXPLAINED = {400, 401, 403, 404}
 
 _REDIRECTS = {301, 302, 307}
+
+# Where botocore finds the region: the option of a profile, variables, a default, a conversion. It knows the second
+# variable only; all other AWS tools go by the first, before the second.
+_VARIABLES = {"region": ("region", ["AWS_REGION", "AWS_DEFAULT_REGION"], None, None)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,7 @@ class Asked:
         bucket: The bucket's name or alias, or the ARN of an access point.
         versions: The version ids of those keys that are not read at their newest version.
         requester_pays: Whether whoever asks agrees to pay for it.
+        anonymous: Whether requests are signed by nobody.
         connections: How many connections there may be at once.
         connect_timeout_s: How long making one may take, in seconds.
         read_timeout_s: How long it may be silent, in seconds.
@@ -66,6 +78,7 @@ class Asked:
     bucket: str
     versions: dict[str, str]
     requester_pays: bool
+    anonymous: bool
     connections: int
     connect_timeout_s: float
     read_timeout_s: float
@@ -126,7 +139,20 @@ class S3Client:
             SourceError: Of the kind that fits; not located.
         """
         with self.translating(version=version):
-            return await self._request(operation, **arguments)
+            try:
+                async with self._pinned(arguments.get("Key", ""), version):
+                    return await self._request(operation, **arguments)
+            except ConnectionClosedError:
+                if await self._expects_tls():
+                    raise SourceError(f"no answer from {self.host}: {ONLY_TLS}") from None
+                raise
+
+    async def _expects_tls(self) -> bool:
+        """Whether a server that has never answered is spoken to in plain text and does not understand it."""
+        endpoint = urlsplit(self._session.endpoint)
+        if self._session.served or endpoint.scheme != "http" or endpoint.hostname is None:
+            return False
+        return await speaks_tls(endpoint.hostname, endpoint.port or 80, timeout_s=_DETAIL_TIMEOUT_S)
 
     async def head(self, key: str) -> dict[str, Any]:
         """HEAD an object.
@@ -144,7 +170,31 @@ class S3Client:
             SourceError: Of the kind that fits; not located.
         """
         with self.translating(version=tag):
-            await self._mended(lambda session: session.wire.get(key, start, end, tag, loan, accept))
+            async with self._pinned(key, tag):
+                await self._mended(lambda session: session.wire.get(key, start, end, tag, loan, accept))
+
+    @asynccontextmanager
+    async def _pinned(self, key: str, version: str | None) -> AsyncIterator[None]:
+        """Find out which version an object has now, where the one that was asked for is gone and nobody says."""
+        try:
+            yield
+        except ClientError as error:
+            if version is None or not is_changed(error) or other_tag(error_headers(error), version):
+                raise
+            now = await self._version_now(key, version)
+            raise ObjectChangedError(f"the object is now {now}; the one seen first was {version}") from None
+
+    async def _version_now(self, key: str, version: str) -> str:
+        try:
+            async with asyncio.timeout(_DETAIL_TIMEOUT_S):
+                tag = (await self.head(key)).get("ETag")
+        except SourceError as error:
+            return f"another version, and which one cannot be told ({error.cause})"
+        except TimeoutError:
+            return f"another version, and which one is not told within {_DETAIL_TIMEOUT_S:g} s"
+        if other_tag({} if tag is None else {"etag": tag}, version) is None:
+            return f"said to be another version, then version {tag} again"
+        return f"version {tag}"
 
     @contextmanager
     def translating(self, *, version: str | None = None) -> Iterator[None]:
@@ -277,7 +327,7 @@ class _Session:
         self._asked = asked
         self.endpoint = str(client.meta.endpoint_url)
         self.region = str(client.meta.region_name)
-        self.kind_of_credentials = str(credentials.method)
+        self.kind_of_credentials = "none, as asked for" if credentials is None else str(credentials.method)
         self.served = False
 
     @classmethod
@@ -292,12 +342,15 @@ class _Session:
             # The checksum of a whole object says nothing about a range of it.
             response_checksum_validation="when_required",
             user_agent_extra="streamload",
+            http_session_cls=BoundedSession,
+            **({"signature_version": UNSIGNED} if asked.anonymous else {}),
         )
         stack = AsyncExitStack()
         try:
-            session = get_session()
+            session = get_session(_VARIABLES)
             session.register_component("data_loader", _models(session.get_config_variable("data_path")))
-            credentials = await _find_credentials(session)
+            session.register_component("response_parser_factory", StrictParsers())
+            credentials = None if asked.anonymous else await _find_credentials(session)
             _check_ca_bundle(session)
             client = await stack.enter_async_context(session.create_client("s3", config=config))
         except FOREIGN_ERRORS as error:
@@ -309,7 +362,7 @@ class _Session:
         opened = cls(client, credentials, stack, asked)
         opened.wire = S3Wire(
             client,
-            Signer(client, credentials, clock),
+            None if credentials is None else Signer(client, credentials, clock),
             asked.bucket,
             lanes,
             verify=session.get_config_variable("ca_bundle"),
@@ -414,12 +467,17 @@ async def _find_credentials(session: AioSession) -> Any:
     if credentials is None:
         raise CredentialsError(
             "no AWS credentials were found: not in the environment, nor in a profile, a container or an instance's role"
+            " (a public bucket is read with s3_anonymous=True, --s3-anonymous or STREAMLOAD_S3_ANONYMOUS=1)"
         )
     return credentials
 
 
 def _check_ca_bundle(session: AioSession) -> None:
-    """A bundle that is not there would show as a connection that breaks, again and again."""
+    """A bundle that is not there, or is none, would show as a connection that breaks, again and again."""
     bundle = session.get_config_variable("ca_bundle")
-    if bundle and not Path(bundle).exists():
-        raise SourceError(f"the CA bundle {bundle!r} that the AWS configuration names is not there")
+    if bundle:
+        try:
+            ssl.create_default_context(cafile=bundle)
+        except OSError as error:  # ssl.SSLError is one, too
+            cause = error.strerror or error
+            raise SourceError(f"the CA bundle {bundle!r} that the AWS configuration names is none: {cause}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 import aiohttp
 from botocore import exceptions as boto
@@ -20,8 +21,18 @@ from streamload.errors import (
     TruncatedReadError,
 )
 from streamload.sources.s3_signing import parse_date
+from streamload.wire import NO_TLS, ONLY_TLS, is_plain
 
-__all__ = ["EXPIRED", "FOREIGN_ERRORS", "SKEWED", "error_code", "error_headers", "translate_s3_error"]
+__all__ = [
+    "EXPIRED",
+    "FOREIGN_ERRORS",
+    "SKEWED",
+    "error_code",
+    "error_headers",
+    "is_changed",
+    "other_tag",
+    "translate_s3_error",
+]
 
 #: What aiobotocore lets out; anything else is a mistake in this package and is not dressed up as an answer of S3's.
 FOREIGN_ERRORS: tuple[type[Exception], ...] = (
@@ -160,6 +171,18 @@ def error_headers(error: boto.ClientError) -> Mapping[str, str]:
     return headers
 
 
+def is_changed(error: boto.ClientError) -> bool:
+    """Whether the object is no longer the version that the request pinned."""
+    code, status = error_code(error)
+    return _CODES.get(code, _STATUSES.get(status) if not code else None) is ObjectChangedError
+
+
+def other_tag(headers: Mapping[str, str], version: str) -> str | None:
+    """The tag that an answer names, where it is another one than the request pinned."""
+    tag = headers.get("etag")
+    return None if tag is None or tag.strip('"') == version.strip('"') else tag
+
+
 def translate_s3_error(error: Exception, *, host: str, bucket: str, version: str | None = None) -> SourceError:
     """The error of ours that says the same; the caller locates it.
 
@@ -173,14 +196,20 @@ def translate_s3_error(error: Exception, *, host: str, bucket: str, version: str
         return _answered(error, bucket, version)
     if isinstance(error, _CREDENTIALS_ERRORS):
         return CredentialsError(str(error))
+    reason = _reason(error)
+    if isinstance(error, boto.ProxyConnectionError):
+        return _through_proxy(error, reason, host)
     if isinstance(error, boto.SSLError | aiohttp.ClientSSLError):
-        reason = _reason(error)
+        if is_plain(getattr(reason, "os_error", None)):
+            return SourceError(f"no secure connection to {host}: {NO_TLS}")
         kind = SourceError if isinstance(reason, aiohttp.ClientConnectorCertificateError) else TransientError
-        return kind(f"no secure connection to {host}: {reason}")
+        return kind(f"no secure connection to {host}: {_text(reason)}")
     if isinstance(error, aiohttp.ClientPayloadError | boto.IncompleteReadError):
         return TruncatedReadError(f"the connection to {host} ended inside the body")
+    if isinstance(reason, aiohttp.ClientResponseError):
+        return SourceError(f"no answer from {host}: {_no_http(reason)}")
     # Where aiohttp cannot make sense of the URL itself, another try has the same URL.
-    if isinstance(error, _CONNECTION_ERRORS) and not isinstance(_reason(error), ValueError):
+    if isinstance(error, _CONNECTION_ERRORS) and not isinstance(reason, ValueError):
         return TransientError(_connection_cause(error, host))
     return SourceError(f"{type(error).__name__}: {error}")
 
@@ -225,8 +254,8 @@ def _explanation(error: boto.ClientError, kind: type[SourceError], cause: str, b
     if kind is NotFoundError:
         return "this version marks that the object was deleted" if status == 405 else "there is no such object"
     if kind is ObjectChangedError:
-        tag = error_headers(error).get("etag")
-        if tag is None or tag.strip('"') == (version or "").strip('"'):
+        tag = other_tag(error_headers(error), version or "")
+        if tag is None:
             return f"the object is no longer the version {version} that was seen first"
         return f"the object is now version {tag}; the one seen first was {version}"
     if code == "InvalidObjectState":
@@ -263,16 +292,44 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     return max(0.0, until_s - (time.time() if now_s is None else now_s))
 
 
+def _through_proxy(error: Exception, reason: Exception, host: str) -> SourceError:
+    proxy = str(getattr(error, "kwargs", {}).get("proxy_url", ""))
+    # User name and password are masked, and say nothing.
+    cause = f"cannot reach {host} through the proxy {proxy.rpartition('@')[2].rpartition('://')[2]}"
+    if not isinstance(reason, aiohttp.ClientHttpProxyError):
+        return TransientError(f"{cause}: {_text(reason)}")
+    # Its own refusal (of its user, of the host) stays; that it cannot reach the host may pass.
+    kind = TransientError if reason.status >= 500 else SourceError
+    return kind(f"{cause}: it answered {reason.status} {reason.message}".rstrip())
+
+
+def _no_http(reason: aiohttp.ClientResponseError) -> str:
+    if isinstance(reason, aiohttp.TooManyRedirects):
+        return "it redirects without end"
+    # aiohttp keeps the bytes only as it shows them.
+    return ONLY_TLS if r"b'\x15\x03" in reason.message else f"it is not HTTP: {reason.message}"
+
+
+def _text(reason: Exception) -> str:
+    """What went wrong, without the objects that aiohttp shows as well."""
+    if isinstance(reason, aiohttp.ClientConnectorError):
+        reason = reason.os_error
+        return (isinstance(reason, OSError) and reason.strerror) or str(reason) or type(reason).__name__
+    return str(reason) or type(reason).__name__
+
+
 def _connection_cause(error: Exception, host: str) -> str:
     if isinstance(error, boto.ConnectTimeoutError):
         return f"no connection to {host} in time"
     if isinstance(error, boto.ReadTimeoutError | TimeoutError):
         return f"{host} sent nothing for too long"
     reason = _reason(error)
-    text = str(reason) or type(reason).__name__
-    if isinstance(error, boto.EndpointConnectionError | boto.ProxyConnectionError):
-        return f"cannot reach {host}: {text}"
-    return f"the connection to {host} broke: {text}"
+    if isinstance(error, boto.EndpointConnectionError):
+        # Where the proxy's name cannot be looked up, nothing but that name tells it from the host's.
+        if isinstance(reason, aiohttp.ClientConnectorError) and reason.host != urlsplit(f"//{host}").hostname:
+            host += f" through the proxy {reason.host}"
+        return f"cannot reach {host}: {_text(reason)}"
+    return f"the connection to {host} broke: {_text(reason)}"
 
 
 def _reason(error: Exception) -> Exception:

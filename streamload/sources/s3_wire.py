@@ -12,11 +12,11 @@ from urllib.parse import SplitResult, urlsplit
 from botocore.awsrequest import AWSPreparedRequest, AWSRequest
 from botocore.exceptions import ClientError
 from botocore.httpsession import get_cert_path
-from botocore.parsers import ResponseParserError, create_parser
 from botocore.utils import get_environ_proxies
 
 from streamload.errors import SourceError
 from streamload.loan import Loan
+from streamload.sources.s3_answers import parse_refusal
 from streamload.sources.s3_signing import SIGNATURES, Moment, Signer, Signing, signing_of
 from streamload.wire import Head, Lanes, Response, Server
 
@@ -55,13 +55,13 @@ class _Target:
     Attributes:
         url: Where.
         server: Whom that means.
-        signing: How it is signed.
+        signing: How it is signed; None where it is not.
         headers: What goes with every request.
     """
 
     url: str
     server: Server
-    signing: Signing
+    signing: Signing | None
     headers: Mapping[str, str]
 
 
@@ -77,7 +77,7 @@ class S3Wire:
 
     Args:
         client: aiobotocore's client.
-        signer: Signs requests.
+        signer: Signs requests; None where none is signed.
         bucket: The bucket.
         lanes: Whose connections are used.
         verify: The CA bundle's path, or None for the usual one.
@@ -87,7 +87,7 @@ class S3Wire:
     def __init__(
         self,
         client: Any,
-        signer: Signer,
+        signer: Signer | None,
         bucket: str,
         lanes: Lanes,
         *,
@@ -103,7 +103,7 @@ class S3Wire:
         self._count = count
         self._targets: dict[str, _Target] = {}
         self._unserved: dict[str, str] = {}
-        self._heads: dict[str, tuple[Moment, str]] = {}
+        self._heads: dict[str, tuple[Moment | None, str]] = {}
         client.meta.events.register_first("before-sign.s3.GetObject", _note_signing)
         # Before the handler that counts what is sent: this one ends the request, and nothing is.
         client.meta.events.register_first("before-send.s3.GetObject", _capture)
@@ -145,6 +145,8 @@ class S3Wire:
             error = _error(response)
             if response.head.status < 400 or error.response["Error"].get("Code") in _ELSEWHERE:
                 self._targets.pop(key, None)
+                # The URL may stay the same, and the region that is signed for not.
+                self._heads.pop(target.url, None)
                 raise UnservedError(f"redirected ({error.response['Error'].get('Code') or response.head.status})")
             raise error
 
@@ -161,8 +163,8 @@ class S3Wire:
             _capturing.reset(token)
         if get_environ_proxies(request.url):
             raise UnservedError("a proxy is configured")
-        signing = signings[-1] if signings else None
-        if signing is None or signing.version not in _SIGNATURES:
+        signing = signings[-1] if signings and self._signer is not None else None
+        if self._signer is not None and (signing is None or signing.version not in _SIGNATURES):
             way = "not at all" if signing is None else signing.version
             raise UnservedError(f"requests are signed in another way ({way})")
         headers = {name: _text(request.headers[name]) for name in _KEPT_HEADERS if name in request.headers}
@@ -177,13 +179,14 @@ class S3Wire:
         API reference, "Authenticating Requests: Using the Authorization Header"): to sign each range for itself took an
         eighth of a load's time. That an answer is the range and version that were asked for is checked on the answer.
         """
-        moment = await self._signer.moment()
+        moment = None if self._signer is None else await self._signer.moment()
         signed = self._heads.get(target.url)
         if signed is not None and signed[0] == moment:
             return signed[1]
         request = AWSRequest(method="GET", url=target.url, headers=dict(target.headers))
         request.context["payload_signing_enabled"] = False
-        self._signer.sign(request, target.signing.region, target.signing.service, moment)
+        if self._signer is not None and target.signing is not None and moment is not None:
+            self._signer.sign(request, target.signing.region, target.signing.service, moment)
         parts = urlsplit(target.url)
         where = parts.path + (f"?{parts.query}" if parts.query else "")
         host = parts.netloc.rpartition("@")[2]
@@ -224,19 +227,4 @@ def _text(value: Any) -> str:
 
 def _error(response: Response) -> ClientError:
     """What botocore would have raised."""
-    answer = {
-        "status_code": response.head.status,
-        "headers": dict(response.head.headers),
-        "body": response.explanation,
-    }
-    try:
-        parsed = create_parser("rest-xml").parse(answer, None)
-    except ResponseParserError:  # a proxy's page, perhaps
-        parsed = {
-            "Error": {},
-            "ResponseMetadata": {
-                "HTTPStatusCode": response.head.status,
-                "HTTPHeaders": dict(response.head.headers),
-            },
-        }
-    return ClientError(parsed, "GetObject")
+    return ClientError(parse_refusal(response.head.status, response.head.headers, response.explanation), "GetObject")

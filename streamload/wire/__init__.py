@@ -4,5 +4,6 @@ from streamload.wire.connection import Response
 from streamload.wire.head import Head
 from streamload.wire.lanes import Lanes, Server
 from streamload.wire.pool import Pool
+from streamload.wire.tls import NO_TLS, ONLY_TLS, is_plain, speaks_tls
 
-__all__ = ["Head", "Lanes", "Pool", "Response", "Server"]
+__all__ = ["NO_TLS", "ONLY_TLS", "Head", "Lanes", "Pool", "Response", "Server", "is_plain", "speaks_tls"]

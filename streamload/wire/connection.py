@@ -12,6 +12,7 @@ from typing import cast
 
 from streamload.errors import SourceError, StreamloadError, TransientError, TruncatedReadError
 from streamload.wire.head import MAX_HEAD_BYTES, ErrorBody, Head, parse_head
+from streamload.wire.tls import ONLY_TLS, is_alert
 
 __all__ = ["Connection", "Landed", "Place", "Response"]
 
@@ -204,7 +205,9 @@ class Connection(asyncio.BufferedProtocol):
         self._head += self._buffer[:nbytes]
         end = self._head.find(_END_OF_HEAD, searched)
         if end < 0:
-            if len(self._head) > MAX_HEAD_BYTES:
+            if is_alert(self._head):
+                self._fail(SourceError(f"no answer from {self.host}: {ONLY_TLS}"))
+            elif len(self._head) > MAX_HEAD_BYTES:
                 self._fail(SourceError(f"{self.host} sent a head without an end ({len(self._head)} bytes)"))
             return
         end += len(_END_OF_HEAD)

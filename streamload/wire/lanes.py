@@ -49,7 +49,7 @@ class Lanes:
         self._connect_timeout_s = connect_timeout_s
         self._stall_s = stall_s
         self._most = most or min(_LANES, len(os.sched_getaffinity(0)))
-        self._lanes = [_Lane(None)]
+        self._lanes = [_Lane()]
         self._closed = False
 
     async def ask(self, server: Server, request: bytes, place: Place, landed: Landed | None = None) -> Response:
@@ -100,7 +100,7 @@ class Lanes:
         lane = min(self._lanes, key=lambda lane: lane.under_way)
         if lane.under_way and len(self._lanes) < self._most:
             try:
-                lane = _Lane(LoopThread(f"streamload-io-{len(self._lanes)}"))
+                lane = _Lane(f"streamload-io-{len(self._lanes)}")
             except (OSError, RuntimeError):
                 # No thread or descriptor is left to this process: fewer lanes do, too.
                 self._most = len(self._lanes)
@@ -112,25 +112,24 @@ class Lanes:
 class _Lane:
     """One event loop and its connections.
 
+    Args:
+        thread: The name of the thread on which it runs; None for the caller's own.
+
     Attributes:
         thread: Where it is not the caller's own.
         under_way: How many requests it has.
     """
 
-    def __init__(self, thread: LoopThread | None) -> None:
-        self.thread = thread
+    def __init__(self, thread: str | None = None) -> None:
         self.pools: dict[Server, Pool] = {}
         self.under_way = 0
+        self.thread = None if thread is None else LoopThread(thread, self._close_pools)
 
     async def aclose(self) -> None:
         if self.thread is None:
             await self._close_pools()
-            return
-        try:
-            await self.thread.run(self._close_pools)
-        except ClosedError:  # it was closed before
-            pass
-        finally:
+        else:
+            # Cancelled or not, it closes the pools first.
             await self.thread.aclose()
 
     async def _close_pools(self) -> None:

@@ -23,13 +23,15 @@ class LoopThread:
 
     Args:
         name: The thread's.
+        at_end: Called on the thread and awaited when it is stopped, however whoever stops it is interrupted.
 
     Raises:
         OSError: There is no file descriptor left for another loop.
         RuntimeError: There is no thread left.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, at_end: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        self._at_end = at_end
         self._home = asyncio.get_running_loop()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
@@ -107,6 +109,8 @@ class LoopThread:
         self._loop = asyncio.get_running_loop()
         self._started.set()
         await self._stop.wait()
+        if self._at_end is not None:
+            await self._at_end()
         # What still runs here is cancelled and waited for by the runner.
 
 

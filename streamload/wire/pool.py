@@ -9,13 +9,15 @@ from collections import Counter
 
 from streamload.errors import ClosedError, SourceError, TransientError
 from streamload.wire.connection import Connection, Landed, Place, Response
+from streamload.wire.tls import NO_TLS, is_plain
 
 __all__ = ["Pool"]
 
 # How long the answer to a look-up of the name is used: S3's addresses change within seconds, to spread the load.
 _ADDRESSES_S = 20.0
 
-# How long an address at which nobody answered is left alone, while there are others.
+# How long an address at which nobody answered, or a connection broke or fell silent, is left alone, while there are
+# others.
 _SHUNNED_S = 30.0
 
 # How many addresses are tried before a connection counts as impossible.
@@ -46,7 +48,8 @@ class Pool:
         self._stall_s = stall_s
         self._idle: list[Connection] = []
         self._open: dict[Connection, str] = {}
-        self._connecting: set[asyncio.Task[Connection]] = set()
+        self._connecting: dict[asyncio.Task[Connection], str] = {}
+        self._looking: asyncio.Task[list[str] | str] | None = None
         self._addresses: list[str] = []
         self._looked_up_s = float("-inf")
         self._shunned: dict[str, float] = {}
@@ -73,10 +76,17 @@ class Pool:
         return await self._ask(await self._connect(), request, place, landed)
 
     async def _ask(self, connection: Connection, request: bytes, place: Place, landed: Landed | None) -> Response:
+        address, is_new = self._open.get(connection), connection.exchanges == 0
         try:
             response = await connection.ask(request, place, landed)
             # One turn of the loop, in which TLS hands over what it has already decrypted and nobody asked for.
             await asyncio.sleep(0)
+        except TransientError:
+            # An old connection that ends without a word was idle for too long; that says nothing about its address.
+            if address is not None and (is_new or not connection.silent):
+                self._shun(address)
+            connection.abort()
+            raise
         except BaseException:
             connection.abort()
             raise
@@ -90,6 +100,9 @@ class Pool:
         """Close all connections; what is under way on them fails. May be called twice."""
         self._closed = True
         self._idle.clear()
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait({self._looking})
         while self._connecting:
             for connecting in self._connecting:
                 connecting.cancel()
@@ -125,16 +138,19 @@ class Pool:
             except ssl.SSLCertVerificationError as refused:
                 raise SourceError(f"no secure connection to {self.name}: {refused.verify_message}") from None
             except (OSError, TimeoutError) as failure:  # ssl.SSLError is an OSError
+                if is_plain(failure):
+                    raise SourceError(f"no secure connection to {self.name}: {NO_TLS}") from None
                 error = failure
-                self._shunned[address] = asyncio.get_running_loop().time()
-        cause = f"no answer within {self._connect_timeout_s:g} s" if isinstance(error, TimeoutError) else error
+                self._shun(address)
+        late = f"no answer within {self._connect_timeout_s:g} s"
+        cause = late if isinstance(error, TimeoutError) else str(error) or type(error).__name__
         raise TransientError(f"cannot reach {self.name}: {cause}", throttled=isinstance(error, TimeoutError))
 
     async def _connect_to(self, address: str) -> Connection:
         # A task, so that closing the pool can end it.
         connecting = asyncio.create_task(self._make(address))
-        self._connecting.add(connecting)
-        connecting.add_done_callback(self._connecting.discard)
+        self._connecting[connecting] = address
+        connecting.add_done_callback(self._connecting.pop)
         try:
             connection = await connecting
         except asyncio.CancelledError:
@@ -164,13 +180,13 @@ class Pool:
         return connection
 
     async def _choose_address(self) -> str:
-        """The address with the fewest connections, of those that answered."""
-        now = asyncio.get_running_loop().time()
-        if now - self._looked_up_s > _ADDRESSES_S or not self._addresses:
-            self._addresses = await self._look_up()
-            self._looked_up_s = now
+        """The address with the fewest connections, those that are being made included, of those that are good."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._looked_up_s > _ADDRESSES_S or not self._addresses:
+            await self._refresh_addresses()
+        now = loop.time()
         good = [address for address in self._addresses if now - self._shunned.get(address, -_SHUNNED_S) >= _SHUNNED_S]
-        used = Counter(self._open.values())
+        used = Counter([*self._open.values(), *self._connecting.values()])
         # Where none is good, the one that failed first has had the most time to get well.
         return (
             min(good, key=lambda address: used[address])
@@ -178,16 +194,34 @@ class Pool:
             else min(self._addresses, key=lambda address: self._shunned[address])
         )
 
-    async def _look_up(self) -> list[str]:
+    def _shun(self, address: str) -> None:
+        self._shunned[address] = asyncio.get_running_loop().time()
+
+    async def _refresh_addresses(self) -> None:
+        """Look the name up, once for all who need it now; an old answer is better than none."""
+        if self._looking is None or self._looking.done():
+            if self._closed:
+                raise ClosedError("the connections were closed")
+            self._looking = asyncio.create_task(self._look_up())
+        looking = self._looking
+        # Whoever is cancelled leaves it to the others.
+        await asyncio.wait({looking})
+        if looking.cancelled():
+            raise ClosedError("the connections were closed")
+        found = looking.result()
+        if not isinstance(found, str):
+            self._addresses = found
+            self._looked_up_s = asyncio.get_running_loop().time()
+        elif not self._addresses:
+            raise TransientError(f"looking up {self._host} {found}")
+
+    async def _look_up(self) -> list[str] | str:
+        """The addresses, or why there are none."""
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 found = await asyncio.get_running_loop().getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # a TimeoutError is an OSError
-            if self._addresses:
-                return self._addresses  # the old answer is better than none
-            late = isinstance(error, TimeoutError)
-            cause = f"took more than {self._connect_timeout_s:g} s" if late else f"failed: {error}"
-            raise TransientError(f"looking up {self._host} {cause}") from None
-        if not found:
-            raise TransientError(f"looking up {self._host} found no address")
-        return list(dict.fromkeys(str(place[4][0]) for place in found))
+        except TimeoutError:
+            return f"took more than {self._connect_timeout_s:g} s"
+        except (OSError, UnicodeError) as error:
+            return f"failed: {error}"
+        return list(dict.fromkeys(str(place[4][0]) for place in found)) or "found no address"

@@ -28,7 +28,7 @@ class TestOptions:
     def test_all_of_a_load(self, command: _Command) -> None:
         given = (
             "--device cuda:1 --memory-bytes 256MiB --strict-memory --read-bytes 8M --concurrency 12 --order file "
-            "--deadline-s 2.5 --verify off --include a b --include c --exclude d"
+            "--deadline-s 2.5 --verify off --s3-anonymous --include a b --include c --exclude d"
         )
         assert _options(command, *given.split()) == streamload.Options(
             device="cuda:1",
@@ -39,6 +39,7 @@ class TestOptions:
             order="file",
             deadline_s=2.5,
             verify="off",
+            s3_anonymous=True,
             include=["a", "b", "c"],
             exclude=["d"],
         )

@@ -96,8 +96,9 @@ def test_ranks_save_side_by_side_into_one_folder(tmp_path: Path) -> None:
     check_folder(tmp_path, ranks[1], "model-rank-1-*")
     check_folder(tmp_path, ranks[11], "model-rank-11-*")
     load_as_vllm(tmp_path, 1, {"w.1": torch.empty(1000)})
-    with streamload.stream(tmp_path, verify="require") as stream:
-        assert set(dict(stream)) == {"w.1", "w.11"}
+    for rank in ranks:
+        with streamload.stream(tmp_path, rank=rank, world_size=12, verify="require") as stream:
+            assert set(dict(stream)) == {f"w.{rank}"}
 
 
 def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,7 @@ from streamload.errors import (
     TransientError,
 )
 from streamload.loan import Loan
-from streamload.sources import SourceObject
+from streamload.sources import Source, SourceObject, open_source
 from streamload.sources.s3 import S3Source
 from streamload.testing import run_on_each_loop
 from streamload.testing.s3server import S3Server
@@ -32,7 +33,7 @@ def _loan(nbytes: int) -> Loan:
     return Loan([memoryview(bytearray(nbytes))])
 
 
-async def _read(source: S3Source, object: SourceObject) -> bytes:
+async def _read(source: Source, object: SourceObject) -> bytes:
     memory = bytearray(object.size_bytes)
     await source.read(object, 0, object.size_bytes, Loan([memoryview(memory)]))
     return bytes(memory)
@@ -98,16 +99,19 @@ def test_a_listing_of_more_than_a_page(s3_bucket: S3Bucket) -> None:
     run_on_each_loop(body)
 
 
-def test_the_version_pinned_is_named_when_it_is_gone(s3_bucket: S3Bucket) -> None:
+def test_both_versions_are_named_when_the_one_pinned_is_gone(s3_bucket: S3Bucket) -> None:
     async def body() -> None:
         s3_bucket.put(_KEY, b"old")
         async with S3Source(s3_bucket.uri) as source:
             (object,) = await source.list()
             s3_bucket.put(_KEY, b"new")
-            with pytest.raises(ObjectChangedError) as caught:
-                await source.read(object, 0, 3, _loan(3))
-            assert object.version in str(caught.value)
-            assert caught.value.uri == s3_bucket.uri
+            new = (await source.stat(_KEY)).version
+            for call in (source.read(object, 0, 3, _loan(3)), source.checksum(object)):
+                with pytest.raises(ObjectChangedError) as caught:
+                    await call
+                assert caught.value.cause == f"the object is now version {new}; the one seen first was {object.version}"
+                assert caught.value.uri == s3_bucket.uri
+            s3_bucket.remove(_KEY)
 
     run_on_each_loop(body)
 
@@ -184,10 +188,40 @@ def test_no_credentials(clean_aws_env: pytest.MonkeyPatch) -> None:
     async def body() -> None:
         async with S3Source("s3://bucket/llama") as source:
             for call in (source.list(), source.stat(_KEY)):
-                with pytest.raises(CredentialsError, match="no AWS credentials were found"):
+                with pytest.raises(CredentialsError, match=r"no AWS credentials were found: .*s3_anonymous=True"):
                     await call
             assert source.requests == 0
             assert (await source.describe())["credentials"].startswith("none: ")
+
+    run_on_each_loop(body)
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_without_credentials_a_public_bucket_is_read_and_no_other(
+    s3_bucket: S3Bucket, clean_aws_env: pytest.MonkeyPatch, keys: bool
+) -> None:
+    s3_bucket.put(_KEY, b"0123456789")
+    statement = {"Effect": "Allow", "Principal": "*", "Action": "*", "Resource": f"arn:aws:s3:::{s3_bucket.name}*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    s3_bucket.client.delete_public_access_block(Bucket=s3_bucket.name)
+    if not keys:
+        clean_aws_env.delenv("AWS_ACCESS_KEY_ID")
+        clean_aws_env.delenv("AWS_SECRET_ACCESS_KEY")
+
+    async def body() -> None:
+        async with S3Source(s3_bucket.uri, s3_anonymous=True) as source:
+            for call in (source.list, lambda: source.stat(_KEY)):
+                with pytest.raises(AccessError, match="AccessDenied"):
+                    await call()
+        s3_bucket.client.put_bucket_policy(Bucket=s3_bucket.name, Policy=policy)
+        async with open_source(s3_bucket.uri, s3_anonymous=True) as source:
+            (object,) = await source.list()
+            assert await source.stat(_KEY) == object
+            for _ in range(2):
+                assert await _read(source, object) == b"0123456789"
+            assert source.paths == {"from the socket into place": 20}
+            assert (await source.describe())["credentials"] == "none, as asked for"
+        s3_bucket.client.delete_bucket_policy(Bucket=s3_bucket.name)
 
     run_on_each_loop(body)
 
@@ -321,6 +355,37 @@ def test_uris_that_make_no_sense(uri: str) -> None:
     with pytest.raises(OptionError) as caught:
         S3Source(uri)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["my bucket", "bücket", "a\nb", "a%20b", "a" * 256, "b&c"])
+@pytest.mark.parametrize("path", ["", "/llama", "/a.safetensors"])
+def test_names_that_no_bucket_can_have(name: str, path: str) -> None:
+    with pytest.raises(OptionError, match="cannot be a bucket's name: those have letters, digits") as caught:
+        S3Source(f"s3://{name}{path}")
+    assert repr(name) in caught.value.cause
+
+
+@pytest.mark.parametrize(
+    ("keys", "cause"),
+    [
+        ([], "there are no objects under this prefix"),
+        (["llama-2/a"], "there are no objects under this prefix"),
+        (["llama/"], "there are no objects under this prefix"),
+        (["llama/1b/a", "llama/7b/a/b"], "there are no objects under this prefix, only folders: 1b/, 7b/"),
+        ([f"llama/{n}/a" for n in range(7)], "under this prefix, only folders: 0/, 1/, 2/, 3/, 4/, …"),
+    ],
+)
+def test_folders_are_named_where_there_is_nothing_else(s3_bucket: S3Bucket, keys: list[str], cause: str) -> None:
+    for key in keys:
+        s3_bucket.put(key, b"" if key.endswith("/") else b"x")
+
+    async def body() -> None:
+        async with S3Source(f"{s3_bucket.uri}/llama") as source:
+            with pytest.raises(NotFoundError) as caught:
+                await source.list()
+            assert caught.value.cause.endswith(cause)
+
+    run_on_each_loop(body)
 
 
 @pytest.mark.parametrize("uri", ["s3://not_a_bucket_/llama", "s3://ab/llama"])

@@ -17,37 +17,39 @@ from tests.servers import Answer, serve
 
 _OBJECT = SourceObject("model.safetensors", 1000, '"0123"')
 
-Refused = Callable[[Answer], SourceError]
+Refused = Callable[..., SourceError]
 
 
 @pytest.fixture(params=["direct", "through aiobotocore"])
 def refused(clean_aws_env: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Refused:
-    """The error of a read that is answered so; the source asks once."""
+    """The error of a read that is answered so; the source asks once for each answer."""
     if request.param != "direct":
         clean_aws_env.setattr("streamload.sources.s3_wire._SIGNATURES", frozenset[str]())
 
-    def refused(answer: Answer) -> SourceError:
+    def refused(*answers: Answer) -> SourceError:
         return _refused(
-            clean_aws_env, answer, lambda source: source.read(_OBJECT, 0, 9, Loan([memoryview(bytearray(9))]))
+            clean_aws_env, answers, lambda source: source.read(_OBJECT, 0, 9, Loan([memoryview(bytearray(9))]))
         )
 
     return refused
 
 
-def _refused(env: pytest.MonkeyPatch, answer: Answer, call: Callable[[S3Source], Awaitable[object]]) -> SourceError:
+def _refused(
+    env: pytest.MonkeyPatch, answers: tuple[Answer, ...], call: Callable[[S3Source], Awaitable[object]]
+) -> SourceError:
     env.setenv("AWS_ACCESS_KEY_ID", "key")
     env.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     env.setenv("AWS_REGION", "us-east-1")
     errors: list[SourceError] = []
 
     async def body() -> None:
-        async with serve(answer) as server:
+        async with serve(*answers) as server:
             env.setenv("AWS_ENDPOINT_URL", server.endpoint)
             async with S3Source("s3://bucket/llama") as source:
                 with pytest.raises(SourceError) as caught:
                     await call(source)
                 errors.append(caught.value)
-                assert len(server.requests) == 1
+                assert len(server.requests) == len(answers)
 
     run_on_each_loop(body)
     assert str(errors[0]) == str(errors[1]), "on both loops"
@@ -97,16 +99,6 @@ def _error(status: int, code: str, message: str = "Said so.", more: str = "", **
             ObjectChangedError,
             'the object is now version "4567"; the one seen first was "0123"',
         ),
-        (
-            _error(412, "PreconditionFailed", ETag="0123"),
-            ObjectChangedError,
-            'the object is no longer the version "0123" that was seen first',
-        ),
-        (
-            _error(412, "PreconditionFailed"),
-            ObjectChangedError,
-            'the object is no longer the version "0123" that was seen first',
-        ),
     ],
 )
 def test_refusals_that_end_at_once_say_why(
@@ -119,9 +111,30 @@ def test_refusals_that_end_at_once_say_why(
 
 
 def test_a_listing_that_is_refused_needs_another_permission(clean_aws_env: pytest.MonkeyPatch) -> None:
-    error = _refused(clean_aws_env, _error(403, "AccessDenied"), lambda source: source.list())
+    error = _refused(clean_aws_env, (_error(403, "AccessDenied"),), lambda source: source.list())
     assert type(error) is AccessError
     assert "access is refused; this needs s3:ListBucket (" in error.cause
+
+
+@pytest.mark.parametrize(
+    "changed", [_error(412, "PreconditionFailed"), _error(412, "PreconditionFailed", ETag="0123"), Answer(412)]
+)
+@pytest.mark.parametrize(
+    ("now", "cause"),
+    [
+        (Answer(200, {"ETag": '"4567"'}), 'the object is now version "4567"; the one seen first was "0123"'),
+        (Answer(200, {"ETag": '"0123"'}), 'said to be another version, then version "0123" again; the one'),
+        (Answer(200), "said to be another version, then version None again; the one seen first"),
+        (Answer(500), "another version, and which one cannot be told (the server answered 500 Internal"),
+        (Answer(412), "another version, and which one cannot be told (the object is no longer"),
+    ],
+)
+def test_the_version_that_the_object_has_now_is_asked_for(
+    refused: Refused, changed: Answer, now: Answer, cause: str
+) -> None:
+    error = refused(changed, now)
+    assert type(error) is ObjectChangedError
+    assert cause in error.cause
 
 
 # What is tried again

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from pathlib import Path
@@ -24,7 +23,7 @@ from streamload.sources import SourceObject
 from streamload.sources.s3 import S3Source
 from streamload.testing import run_on_each_loop
 from tests.faultproxy import Fault, run_fault_proxy
-from tests.servers import Answer, BadServer, S3Bucket
+from tests.servers import Answer, BadServer, S3Bucket, serve_by
 from tests.wire.server import pattern, turn, until
 
 _OBJECT = SourceObject("model.safetensors", 1600, '"0123"')
@@ -51,38 +50,6 @@ async def _read(source: S3Source, number: int, object: SourceObject = _OBJECT) -
 def _error(status: int, code: str, **headers: str) -> Answer:
     body = f"<Error><Code>{code}</Code><Message>Said so.</Message></Error>"
     return Answer(status, {"Content-Type": "application/xml", **headers}, body.encode())
-
-
-class _Server(BadServer):
-    """Answers each request as a function says, which may wait."""
-
-    def __init__(self, say: Callable[[str], Awaitable[Answer]]) -> None:
-        super().__init__([])
-        self._say = say
-
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        self.requests.append(head)
-        answer = await self._say(head)
-        headers = {"Content-Length": str(len(answer.body)), **answer.headers}
-        fields = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        body = b"" if head.startswith("HEAD ") else answer.body
-        writer.write(f"HTTP/1.1 {answer.status} Said\r\n{fields}\r\n".encode() + body)
-        await writer.drain()
-        return True
-
-
-@contextlib.asynccontextmanager
-async def _serving(say: Callable[[str], Awaitable[Answer]]) -> AsyncIterator[_Server]:
-    scripted = _Server(say)
-    server = await asyncio.start_server(scripted.handle, "127.0.0.1", 0)
-    scripted.endpoint = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
-        yield scripted
-    finally:
-        server.close()
-        await scripted.close()
-        await server.wait_closed()
 
 
 def _answer(head: str) -> Answer:
@@ -114,8 +81,8 @@ class World:
         self.given = [_keys("KEYA"), _keys("KEYB"), _keys("KEYC")]
         self.gate = asyncio.Event()
         self.gate.set()
-        self.store: _Server
-        self.agent: _Server
+        self.store: BadServer
+        self.agent: BadServer
 
     async def answer_store(self, head: str) -> Answer:
         key = head.partition("Credential=")[2].partition("/")[0]
@@ -150,7 +117,7 @@ def run(clean_aws_env: pytest.MonkeyPatch, path: str) -> Run:
     def run(body: Body) -> None:
         async def served() -> None:
             world = World()
-            async with _serving(world.answer_store) as store, _serving(world.answer_agent) as agent:
+            async with serve_by(world.answer_store) as store, serve_by(world.answer_agent) as agent:
                 world.store, world.agent = store, agent
                 clean_aws_env.setenv("AWS_ENDPOINT_URL", store.endpoint)
                 clean_aws_env.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{agent.endpoint}/keys")
@@ -457,7 +424,7 @@ def test_a_clock_that_cannot_be_right_ends_at_once(
         return _error(403, "RequestTimeTooSkewed", Date=formatdate(time.time() - wrong_s, usegmt=True))
 
     async def body() -> None:
-        async with _serving(answer) as server:
+        async with serve_by(answer) as server:
             clean_aws_env.setenv("AWS_ENDPOINT_URL", server.endpoint)
             async with S3Source("s3://bucket/llama") as source:
                 for requests in (2, 3):
@@ -484,7 +451,7 @@ def test_a_server_that_does_not_tell_the_time_corrects_nothing(
         return _error(403, "RequestTimeTooSkewed", Date=date)
 
     async def body() -> None:
-        async with _serving(answer) as server:
+        async with serve_by(answer) as server:
             clean_aws_env.setenv("AWS_ENDPOINT_URL", server.endpoint)
             async with S3Source("s3://bucket/llama") as source:
                 with pytest.raises(SourceError, match="this machine's clock and the server's differ too much"):

@@ -145,7 +145,6 @@ def test_more_bytes_than_asked_for(run: Run) -> None:
         (Answer(206, {**_RANGE, "ETag": '"4567"'}, b"x" * 100), ObjectChangedError, "4567"),
         (Answer(206, {"Content-Range": "bytes 100-199/1000"}, b"x" * 100), SourceError, "no ETag"),
         (Answer(204, {"ETag": _TAG}), SourceError, "204"),
-        (_error(412, "PreconditionFailed"), ObjectChangedError, "0123"),
         (_error(404, "NoSuchKey"), NotFoundError, "no such object"),
         (_error(404, "NoSuchBucket"), NotFoundError, "no bucket 'bucket'"),
         (_error(403, "AccessDenied"), AccessError, "403 AccessDenied: Said so."),

@@ -144,7 +144,7 @@ def test_errors_come_from_every_lane() -> None:
 
 
 def test_without_a_thread_to_be_had_one_lane_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(name: str) -> LoopThread:
+    def refuse(name: str, at_end: object) -> LoopThread:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(lanes, "LoopThread", refuse)
@@ -226,7 +226,10 @@ def test_a_cancelled_call_waits_for_its_coroutine() -> None:
     run_on_each_loop(body)
 
 
-def test_closing_that_is_cancelled_leaves_no_thread() -> None:
+@pytest.mark.parametrize("attempt", range(4))
+def test_closing_that_is_cancelled_leaves_neither_thread_nor_connection(attempt: int) -> None:
+    """Whether the thread has heard of it by then is its own affair: `_laned` looks for what is left."""
+
     async def body() -> None:
         hold = _Hold()
         hold.go.set()

@@ -55,6 +55,11 @@ async def _silent(peer: Peer) -> None:
     await peer.request()
 
 
+async def _resets(peer: Peer) -> None:
+    await peer.request()
+    peer.reset()
+
+
 async def _answers_all(peer: Peer) -> None:
     while True:
         await peer.request()
@@ -371,13 +376,18 @@ class _LookUp:
 
 @contextlib.asynccontextmanager
 async def _named(
-    look_up: _LookUp, port: int, *, tls: ssl.SSLContext | None = None, connect_timeout_s: float = 20.0
+    look_up: _LookUp,
+    port: int,
+    *,
+    tls: ssl.SSLContext | None = None,
+    connect_timeout_s: float = 20.0,
+    stall_s: float = 20.0,
 ) -> AsyncIterator[Pool]:
     """A pool that asks ``server.test``."""
     loop = asyncio.get_running_loop()
     plain = loop.getaddrinfo
     loop.getaddrinfo = look_up.getaddrinfo  # type: ignore[method-assign,assignment]
-    pool = Pool("server.test", port, tls=tls, connect_timeout_s=connect_timeout_s, stall_s=20.0)
+    pool = Pool("server.test", port, tls=tls, connect_timeout_s=connect_timeout_s, stall_s=stall_s)
     try:
         yield pool
     finally:
@@ -451,6 +461,83 @@ def test_connections_are_spread_over_the_addresses() -> None:
                 await asyncio.gather(*asking)
                 assert (one.connections, two.connections) == (2, 2)
                 assert look_up.calls == 1
+
+    run_on_each_loop(body)
+
+
+def test_connections_that_are_made_at_once_are_spread_too() -> None:
+    async def body() -> None:
+        hold = asyncio.Event()
+
+        async def waits(peer: Peer) -> None:
+            await peer.request()
+            await hold.wait()
+            peer.send(_WHOLE)
+
+        async with serve(waits) as one, serve(waits, address="127.0.0.2", port=one.port) as two:
+            look_up = _LookUp(["127.0.0.1", "127.0.0.2"])
+            async with _named(look_up, one.port) as pool:
+                asking = [asyncio.ensure_future(_get(pool)) for _ in range(6)]
+                await until(lambda: one.requests + two.requests == 6)
+                hold.set()
+                await asyncio.gather(*asking)
+                assert (one.connections, two.connections) == (3, 3)
+                assert look_up.calls == 1
+
+    run_on_each_loop(body)
+
+
+@pytest.mark.parametrize("bad", [_resets, closing(_WHOLE[:-1]), _silent], ids=["resets", "cuts", "hangs"])
+def test_an_address_with_a_bad_server_is_left_alone_for_a_while(bad: Script) -> None:
+    async def body() -> None:
+        async with (
+            serve(_answers_all) as good,
+            serve(bad, address="127.0.0.2", port=good.port) as broken,
+            _named(_LookUp(["127.0.0.2", "127.0.0.1"]), good.port, stall_s=0.2) as pool,
+        ):
+            with pytest.raises(TransientError):
+                await _get(pool)
+            lents = [Lent(40) for _ in range(4)]
+            await asyncio.gather(*[pool.ask(REQUEST, lent.place) for lent in lents])
+            assert (good.connections, broken.connections) == (4, 1)
+
+    run_on_each_loop(body)
+
+
+def test_an_old_connection_that_ends_says_nothing_about_its_address() -> None:
+    async def body() -> None:
+        async def answers_one(peer: Peer) -> None:
+            await peer.request()
+            peer.send(_WHOLE)
+            await peer.request()
+            peer.close()
+
+        async with (
+            serve(answers_one, _answers_all) as one,
+            serve(_answers_all, address="127.0.0.2", port=one.port) as two,
+            _named(_LookUp(["127.0.0.1", "127.0.0.2"]), one.port) as pool,
+        ):
+            await _get(pool)
+            assert (one.connections, two.connections) == (1, 0)
+            lents = [Lent(40) for _ in range(6)]
+            await asyncio.gather(*[pool.ask(REQUEST, lent.place) for lent in lents])
+            assert one.connections > 1
+
+    run_on_each_loop(body)
+
+
+def test_addresses_are_looked_up_again_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamload.wire.pool._ADDRESSES_S", -1.0)
+
+    async def body() -> None:
+        async with serve(closing(_WHOLE)) as one, serve(closing(_WHOLE), address="127.0.0.2", port=one.port) as two:
+            look_up = _LookUp(["127.0.0.1"], socket.gaierror(-3, "try again"), ["127.0.0.2"])
+            async with _named(look_up, one.port) as pool:
+                await _get(pool)
+                await _get(pool)
+                assert (one.connections, two.connections) == (2, 0), "the old answer is better than none"
+                await _get(pool)
+                assert (one.connections, two.connections) == (2, 1)
 
     run_on_each_loop(body)
 

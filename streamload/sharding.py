@@ -48,8 +48,8 @@ _MAX_FILE_BYTES = 5 << 30
 # waits for the disk.
 _NOTED_BYTES = 1 << 30
 
-# What is read, cut and written in one go: small enough that the processor's cache has it all the while, large enough that
-# waking the threads for it costs little (2 to 4 MiB took the least time of 1 to 8, and the least of the processor).
+# What is read, cut and written in one go: small enough that the processor's cache has it all the while, large enough
+# that waking the threads for it costs little (of 1 to 8 MiB, 2 and 4 took the least time).
 _READ_BYTES = 4 << 20
 
 # What an option that cannot be given here is called instead.

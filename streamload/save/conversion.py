@@ -25,7 +25,7 @@ from streamload.save.journal import JOURNAL_NAME, Journal, KeptFile, Made
 from streamload.save.sharded import METADATA
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
-__all__ = ["ConversionWriter", "Pieces", "put"]
+__all__ = ["ConversionWriter", "Pieces", "put", "views_of"]
 
 Pieces: TypeAlias = Mapping[int, memoryview]
 """What a read has brought, by rank: the next bytes of that rank's file."""
@@ -166,7 +166,7 @@ class ConversionWriter:
         for number in range(span.first, span.stop):
             for rank, part in enumerate(self._conversion.slices(number)):
                 if part is not None:
-                    found[rank] += _views(part, view, span)
+                    found[rank] += views_of(part, view, span)
         pieces: dict[int, memoryview] = {}
         for rank, views in found.items():
             if views:
@@ -307,7 +307,7 @@ async def put(destination: Destination, name: str, content: bytes) -> None:
         raise
 
 
-def _views(part: TensorInfo, view: memoryview, span: Span) -> Iterable[memoryview]:
+def views_of(part: TensorInfo, view: memoryview, span: Span) -> Iterable[memoryview]:
     """A rank's bytes of a tensor in a read, piece by piece."""
     if len(part.stripes) != 1:
         return [view[at - span.start : at - span.start + nbytes] for at, _, nbytes in part.runs(span.start, span.end)]

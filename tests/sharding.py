@@ -10,11 +10,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from streamload.save import NewFile
 
 __all__ = ["Task", "main", "run"]
 
@@ -61,35 +64,35 @@ def run(task: Task, environment: Mapping[str, str] | None = None) -> dict[str, A
 def main() -> None:
     """Carry out the task on stdin."""
     import streamload
-    from streamload.save.local import _LocalFile
-    from streamload.save.s3 import _Upload
+    from streamload.save.local import LocalDestination, _LocalFile
+    from streamload.save.s3 import S3Destination, _Upload
 
     task = Task(**json.load(sys.stdin))
-    kind: Any = _Upload if task.dest.startswith("s3://") else _LocalFile
-    write, publish = kind.write, kind.publish
+    to_s3 = task.dest.startswith("s3://")
+    folder: Any = S3Destination if to_s3 else LocalDestination
+    file: Any = _Upload if to_s3 else _LocalFile
+    write_all, publish = folder.write_all, file.publish
     written = published = 0
 
-    async def counted_write(self: Any, data: memoryview) -> None:
+    async def counted_write_all(self: Any, pieces: Sequence[tuple[NewFile, memoryview]]) -> None:
         nonlocal written
-        await write(self, data)
-        # What is written of a file's own, not of the journal.
-        if self.name.endswith(".safetensors"):
-            written += data.nbytes
+        await write_all(self, pieces)
+        written += sum(data.nbytes for _, data in pieces)
         if task.kill_at_bytes is not None and written >= task.kill_at_bytes:
             os.kill(os.getpid(), signal.SIGKILL)
 
     async def counted_publish(self: Any) -> None:
         nonlocal published
         await publish(self)
-        if self.name.endswith(".safetensors"):
-            published += 1
+        # Not the journal.
+        published += self.name.endswith(".safetensors")
         if task.kill_at_publish is not None and published >= task.kill_at_publish:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with (
         patch("streamload.sharding._NOTED_BYTES", task.noted_bytes),
-        patch.object(kind, "write", counted_write),
-        patch.object(kind, "publish", counted_publish),
+        patch.object(folder, "write_all", counted_write_all),
+        patch.object(file, "publish", counted_publish),
     ):
         made = streamload.shard(task.src, task.dest, **task.options)
     print(json.dumps(made.to_dict()), flush=True)

@@ -22,7 +22,7 @@ from streamload.sources.s3 import S3Source
 from tests.checkpoints import same_tensor, write_sharded
 from tests.servers import S3Bucket
 from tests.sharding import Task, run
-from tests.test_ranks import CONFIG, llama
+from tests.test_ranks import CONFIG, HIDDEN, llama
 
 MIB = 1 << 20
 
@@ -40,6 +40,18 @@ def source(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     (folder / "tokenizer.model").write_bytes(bytes(range(256)) * 40)
     (folder / "chat_template.jinja").write_bytes(b"")
     (folder / "pytorch_model.bin").write_bytes(b"the same weights once more")
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A Llama of 800 KiB: the S3 server sums up a few MB a second."""
+    quarter = {
+        name: tensor[tuple(slice(size // 4) for size in tensor.shape)].contiguous() for name, tensor in tensors.items()
+    }
+    folder = write_sharded(tmp_path / "small", quarter)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": HIDDEN // 4}))
+    (folder / "chat_template.jinja").write_bytes(b"")
     return folder
 
 
@@ -299,21 +311,21 @@ def keys(bucket: S3Bucket, prefix: str) -> list[str]:
     return [entry["Key"].removeprefix(f"{prefix}/") for entry in listed]
 
 
-def test_from_and_to_s3(source: Path, tmp_path: Path, s3_bucket: S3Bucket) -> None:
-    uri = upload(s3_bucket, source, "llama")
-    options: dict[str, Any] = {"tp": 2, "max_file_bytes": 4 * MIB, "memory_bytes": 64 * MIB}
-    whole = streamload.shard(source, tmp_path / "from-disk", **options)
+def test_from_and_to_s3(small: Path, tmp_path: Path, s3_bucket: S3Bucket) -> None:
+    uri = upload(s3_bucket, small, "llama")
+    options: dict[str, Any] = {"tp": 2, "max_file_bytes": 200_000, "memory_bytes": 64 * MIB}
+    whole = streamload.shard(small, tmp_path / "from-disk", **options)
     from_s3 = streamload.shard(uri, tmp_path / "from-s3", **options)
     assert weights(tmp_path / "from-s3") == weights(tmp_path / "from-disk")
     assert sum(from_s3.verified.values()) == from_s3.nbytes, "by the store's checksums"
-    for where, origin in (("disk-to-s3", str(source)), ("s3-to-s3", uri)):
+    for where, origin in (("disk-to-s3", str(small)), ("s3-to-s3", uri)):
         made = streamload.shard(origin, f"{s3_bucket.uri}/{where}", **options)
         assert made.files == whole.files
         for name, content in weights(tmp_path / "from-disk").items():
             assert s3_bucket.client.get_object(Bucket=s3_bucket.name, Key=f"{where}/{name}")["Body"].read() == content
         again = streamload.shard(origin, f"{s3_bucket.uri}/{where}", **options)
         assert again.resumed_bytes == again.nbytes
-    check(source, f"{s3_bucket.uri}/s3-to-s3", 2)
+    check(small, f"{s3_bucket.uri}/s3-to-s3", 2)
     assert sorted(keys(s3_bucket, "s3-to-s3")) == sorted(path.name for path in (tmp_path / "from-disk").iterdir())
     assert unfinished(s3_bucket) == []
     with pytest.raises(OptionError, match="lies in the source"):
@@ -322,28 +334,28 @@ def test_from_and_to_s3(source: Path, tmp_path: Path, s3_bucket: S3Bucket) -> No
         streamload.shard(uri, f"{s3_bucket.uri}/never", tp=16, memory_bytes=64 * MIB)
 
 
-@pytest.mark.parametrize(("at_bytes", "at_publish"), [(7 * MIB, None), (None, 3)])
+@pytest.mark.parametrize(("at_bytes", "at_publish"), [(400_000, None), (None, 3)])
 def test_a_killed_conversion_into_s3_goes_on(
-    source: Path, s3_bucket: S3Bucket, at_bytes: int | None, at_publish: int | None
+    small: Path, s3_bucket: S3Bucket, at_bytes: int | None, at_publish: int | None
 ) -> None:
     made = f"{s3_bucket.uri}/made"
-    options: dict[str, Any] = {"tp": 2, "max_file_bytes": MIB, "memory_bytes": 64 * MIB}
-    task = Task(str(source), made, options, kill_at_bytes=at_bytes, kill_at_publish=at_publish)
+    options: dict[str, Any] = {"tp": 2, "max_file_bytes": 64 << 10, "memory_bytes": 64 * MIB}
+    task = Task(str(small), made, options, kill_at_bytes=at_bytes, kill_at_publish=at_publish)
     assert run(task) is None
     there = [name for name in keys(s3_bucket, "made") if name.endswith(".safetensors")]
     assert len(there) == (at_publish or 0)
-    again = streamload.shard(source, made, **options)
+    again = streamload.shard(small, made, **options)
     if at_bytes is None:
         assert again.resumed_bytes == again.nbytes
     else:
-        assert at_bytes - 3 * MIB <= again.resumed_bytes < again.nbytes
-    check(source, made, 2)
+        assert at_bytes - 250_000 <= again.resumed_bytes < again.nbytes
+    check(small, made, 2)
     assert unfinished(s3_bucket) == []
 
 
-def test_a_source_in_s3_that_is_not_what_its_store_says_leaves_nothing(source: Path, s3_bucket: S3Bucket) -> None:
+def test_a_source_in_s3_that_is_not_what_its_store_says_leaves_nothing(small: Path, s3_bucket: S3Bucket) -> None:
     # As corruption on the way would look: the object is another one than its checksum is of.
-    uri = upload(s3_bucket, source, "llama")
+    uri = upload(s3_bucket, small, "llama")
 
     async def other(self: S3Source, object: SourceObject) -> Checksum:
         return Checksum("CRC64NVME", 1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -175,6 +176,16 @@ class Destination(ABC):
         Raises:
             SourceError: It cannot be said; located.
         """
+
+    async def write_all(self, pieces: Sequence[tuple[NewFile, memoryview]]) -> None:
+        """Append bytes to several files, each of them once. They may change again when this returns.
+
+        Raises:
+            SourceError: They cannot be written; located.
+        """
+        async with asyncio.TaskGroup() as group:
+            for file, data in pieces:
+                group.create_task(file.write(data))
 
     @abstractmethod
     async def remove(self, name: str) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from streamload.checkpoint import (
     BLOCK_BYTES,
     ManifestFile,
     ManifestTensor,
     RankFiles,
+    TensorInfo,
     encode_header,
     encode_manifest,
     tensor_bytes,
@@ -24,7 +25,10 @@ from streamload.save.journal import JOURNAL_NAME, Journal, KeptFile, Made
 from streamload.save.sharded import METADATA
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
-__all__ = ["ConversionWriter", "put"]
+__all__ = ["ConversionWriter", "Pieces", "put", "views_of"]
+
+Pieces: TypeAlias = Mapping[int, memoryview]
+"""What a read has brought, by rank: the next bytes of that rank's file."""
 
 _log = logging.getLogger("streamload.save")
 
@@ -40,9 +44,9 @@ class _RankFile:
         self.header_bytes = header_bytes
         self.header_checksum = header_checksum
         self.sums = sums
-        # What is to be written next, and how far the file is with it.
-        self.coming: memoryview | None = None
         self.position = header_bytes
+        # So many of the blocks are of tensors that are written whole.
+        self.blocks = 0
         # What its destination needs to go on with it, as of a position.
         self.kept: dict[str, Any] | None = None
         self.kept_at = -1
@@ -59,7 +63,7 @@ class _RankFile:
 
     def described(self) -> KeptFile:
         """For the journal."""
-        sums = b"".join(value.to_bytes(8, "big") for value in self.sums.values).hex()
+        sums = b"".join(value.to_bytes(8, "big") for value in self.sums.values[: self.blocks]).hex()
         return KeptFile(self.file.size_bytes, self.header_bytes, self.header_checksum, sums, self.kept or {})
 
 
@@ -121,6 +125,7 @@ class ConversionWriter:
                     again.sums = BlockSums(_blocks(sizes), again.sums.values)
                     again.position -= sum(sizes)
         for name, again in self._files.items():
+            again.blocks = len(again.sums.values)
             again.kept, again.kept_at = journal.files[name].kept, again.position
             if again.complete:
                 await again.file.leave()
@@ -143,45 +148,41 @@ class ConversionWriter:
             if self._open[rank].complete:
                 await file.finish()
 
-    async def take(self, span: Span, view: memoryview) -> None:
-        """Write what a read has brought, each rank's part into its file. The bytes may change again afterwards."""
-        await self._on_thread(span, view)
-        coming = [file for file in self._open.values() if file.coming is not None]
-        async with asyncio.TaskGroup() as group:
-            for file in coming:
-                group.create_task(self._write(file))
+    async def cut(self, span: Span, view: memoryview) -> Pieces:
+        """Find each rank's bytes in a read, put them together and sum them up.
 
-    async def _write(self, file: _RankFile) -> None:
-        data, file.coming = file.coming, None
-        assert data is not None
-        await file.file.write(data)
-        file.position += data.nbytes
-        if file.complete:
-            # At once, rather than at the group's end: what it holds is given back.
-            await file.file.finish()
-
-    async def _on_thread(self, span: Span, view: memoryview) -> None:
-        call = ThreadCall(self._threads, lambda: self._scatter(span, view))
+        Called once for each read, in order; ahead of `write` by some. What it returns may be views of the read.
+        """
+        call = ThreadCall(self._threads, lambda: self._cut(span, view))
         try:
-            await call.result()
+            return await call.result()
         except asyncio.CancelledError:
             if not call.take_back():
                 await call.left(_GRACE_S)
             raise
 
-    def _scatter(self, span: Span, view: memoryview) -> None:
-        """Find each rank's bytes in a read, put them together and sum them up."""
-        parts: dict[int, list[memoryview]] = {rank: [] for rank in self._open}
+    def _cut(self, span: Span, view: memoryview) -> Pieces:
+        found: dict[int, list[memoryview]] = {rank: [] for rank in self._open}
         for number in range(span.first, span.stop):
             for rank, part in enumerate(self._conversion.slices(number)):
                 if part is not None:
-                    runs = part.runs(span.start, span.end)
-                    parts[rank] += [view[at - span.start : at - span.start + nbytes] for at, _, nbytes in runs]
-        for rank, views in parts.items():
+                    found[rank] += views_of(part, view, span)
+        pieces: dict[int, memoryview] = {}
+        for rank, views in found.items():
             if views:
-                data = views[0] if len(views) == 1 else memoryview(b"".join(views))
-                self._open[rank].sums.add(data)
-                self._open[rank].coming = data
+                pieces[rank] = views[0] if len(views) == 1 else memoryview(b"".join(views))
+                self._open[rank].sums.add(pieces[rank])
+        return pieces
+
+    async def write(self, pieces: Pieces) -> None:
+        """Write what a read has brought, each rank's part into its file; in the order of the reads."""
+        await self._destination.write_all([(self._open[rank].file, data) for rank, data in pieces.items()])
+        for rank, data in pieces.items():
+            file = self._open[rank]
+            file.position += data.nbytes
+            if file.complete:
+                # At once, rather than at the group's end: what it holds is given back.
+                await file.file.finish()
 
     async def note(self, tensor: int, sums: dict[str, dict[str, list[list[int]]]], *, group: int) -> bool:
         """Write down how far the conversion is, if all of that would outlast this process.
@@ -197,6 +198,10 @@ class ConversionWriter:
         for file in self._files.values():
             if not await file.keep():
                 return False
+        for rank, file in self._open.items():
+            # Reads that were cut already, and are not written, are not to be told of.
+            before = range(self._conversion.groups[self._group].start, tensor)
+            file.blocks = sum(-(-size // BLOCK_BYTES) for size in self._conversion.sizes(rank, before))
         if group != self._group:
             for file in self._open.values():
                 await file.file.leave()
@@ -300,6 +305,25 @@ async def put(destination: Destination, name: str, content: bytes) -> None:
     except BaseException:
         await file.discard()
         raise
+
+
+def views_of(part: TensorInfo, view: memoryview, span: Span) -> Iterable[memoryview]:
+    """A rank's bytes of a tensor in a read, piece by piece."""
+    if len(part.stripes) != 1:
+        return [view[at - span.start : at - span.start + nbytes] for at, _, nbytes in part.runs(span.start, span.end)]
+    # By far the most frequent case of many pieces, and one that needs no look at each of them: whole rows, but for
+    # those at the ends.
+    stripe = part.stripes[0]
+    nbytes, step = stripe.nbytes, stripe.file_step
+    row = max(0, -(-(span.start - stripe.file_start) // step))
+    stop = min(stripe.count, (span.end - nbytes - stripe.file_start) // step + 1)
+    if row >= stop:
+        return [view[at - span.start : at - span.start + size] for at, _, size in part.runs(span.start, span.end)]
+    first, last = stripe.file_start + row * step, stripe.file_start + stop * step
+    ends = [*part.runs(span.start, first), *part.runs(last - step + nbytes, span.end)]
+    views = [view[at : at + nbytes] for at in range(first - span.start, last - span.start, step)]
+    around = [(at, view[at - span.start : at - span.start + size]) for at, _, size in ends]
+    return [*(each for at, each in around if at < first), *views, *(each for at, each in around if at >= first)]
 
 
 def _values(sums: str) -> Iterator[int]:

@@ -160,11 +160,13 @@ class Peers:
                     self._give_up(limit_s, ours=timeout_s is not None)
                 self._closing.wait(wait_s)
                 wait_s = min(2 * wait_s, _MOST_WAIT_S)
-            self._store.add(self._key("left"), 1)
         except _STORE_ERRORS as error:
             if isinstance(error, StreamloadError):
                 raise
             raise _store_gone(error) from error
+        # The process that holds it does not wait for ever: this rank has loaded everything, whether or not it is told.
+        with suppress(*_STORE_ERRORS):
+            self._store.add(self._key("left"), 1)
         if self._rank == 0:
             # It holds the store, as a rule: the others must have seen that all is done before it may end.
             self._linger("left", self._size)

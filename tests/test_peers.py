@@ -309,5 +309,24 @@ def test_a_store_that_is_gone_is_a_rank_that_is_gone(together: Callable[..., lis
     one.failed(heard[0])
 
 
+class ClosingStore:
+    """A store whose process goes as soon as all have loaded everything."""
+
+    def __init__(self) -> None:
+        self._store = HashStore()
+
+    def add(self, key: str, count: int) -> int:
+        if key.endswith("/left"):
+            raise RuntimeError("Connection reset by peer")
+        return int(self._store.add(key, count))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_store_that_goes_when_all_have_loaded_spoils_nothing(together: Callable[..., list[Peers]]) -> None:
+    assert run_all(*[each.finish for each in together(3, store=ClosingStore())]) == [None] * 3
+
+
 def test_without_a_process_group_nobody_is_told() -> None:
     assert peers.join_peers() is None

@@ -115,6 +115,7 @@ class Peers:
         self._beat_s = 0.0
         self._lock = threading.Lock()
         self._error: PeerError | None = None
+        self._told = False  # whether this rank has said itself that it failed
         self._on_failure: Callable[[PeerError], None] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="streamload-peers", daemon=True)
@@ -176,6 +177,7 @@ class Peers:
         with self._lock:
             told = self._error is not None
         if not told:
+            self._told = True
             self._tell(self._rank, str(error) or type(error).__name__)
             self._see()
         if not told or self._rank == 0:
@@ -208,6 +210,10 @@ class Peers:
             told = json.loads(self._store.get(key))
             if told["rank"] != self._rank:
                 self._notice(PeerError(f"rank {told['rank']} failed: {told['error']}", rank=told["rank"]))
+            elif not self._told:
+                # This process was stopped for a while, perhaps. Nobody is there any more to wait for.
+                problem = f"the other ranks took this one for gone and ended their loads: {told['error']}"
+                self._notice(PeerError(problem, rank=self._rank))
 
     def _look_for_neighbour(self) -> None:
         problem = self._neighbours_problem()

@@ -271,6 +271,15 @@ def test_a_rank_elsewhere_that_gives_no_sign_of_life_counts_as_gone(
     assert caught.value.rank == 1
 
 
+def test_a_rank_that_was_taken_for_gone_hears_of_it(together: Callable[..., list[Peers]]) -> None:
+    ranks = together(2)
+    ranks[0]._tell(1, "it has given no sign of life for 30 s")
+    with pytest.raises(PeerError, match=r"took this one for gone .*: it has given no sign") as caught:
+        ranks[1].finish(30)
+    assert caught.value.rank == 1
+    ranks[1].failed(caught.value)
+
+
 def test_a_process_is_known_by_its_number_and_its_start() -> None:
     own = peers._Identity.own()
     assert own.visible

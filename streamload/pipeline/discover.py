@@ -33,7 +33,7 @@ from streamload.errors import (
 )
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
-from streamload.pipeline.manifests import find_manifests
+from streamload.pipeline.manifests import find_manifests, is_one_file
 from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
@@ -174,7 +174,8 @@ async def find_shards(
         presharded = keys is not None
         index = None if presharded else await _read_index(fetcher, recorder, listed)
         if keys is None:
-            keys = shard_keys(names if all_ranks or index is not None else without_rank_files(names), index)
+            ordinary = all_ranks or index is not None or is_one_file(fetcher.source.uri, listed)
+            keys = shard_keys(names if ordinary else without_rank_files(names), index)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     # Until it is known what of it is wanted.
     recorder.total_bytes = sum(object.size_bytes for object in objects.values())

@@ -33,7 +33,7 @@ from streamload.errors import (
 )
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
-from streamload.pipeline.manifests import find_manifests
+from streamload.pipeline.manifests import find_manifests, is_one_file
 from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
@@ -174,7 +174,8 @@ async def find_shards(
         presharded = keys is not None
         index = None if presharded else await _read_index(fetcher, recorder, listed)
         if keys is None:
-            names = names if all_ranks or index is not None else without_rank_files(names)
+            ordinary = all_ranks or index is not None or is_one_file(fetcher.source.uri, listed)
+            names = names if ordinary else without_rank_files(names)
             keys = shard_keys(names, index, all_listed=fetcher.source.lists_folders)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     # Until it is known what of it is wanted.

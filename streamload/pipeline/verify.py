@@ -209,10 +209,14 @@ class Verifier:
         if not nbytes:
             return
         if required:
+            # Where not all of a block is read, another manifest would not help.
+            helps = (
+                "verify='auto' loads them"
+                if reason in (PARTLY_READ, SLICED)
+                else "`streamload manifest` writes what does"
+            )
             raise ChecksumError(
-                f"verify is 'require', and nothing vouches for {nbytes} bytes: {reason}; `streamload manifest` writes "
-                "what does",
-                object=key,
+                f"verify is 'require', and nothing vouches for {nbytes} bytes: {reason}; {helps}", object=key
             )
         self._recorder.unverified(nbytes, reason)
 

@@ -120,7 +120,7 @@ async def write_sharded(
     threads = DaemonExecutor(at_once, name="streamload-save")
     try:
         said = await _write_all(destination, layouts, tensors, begun, threads, at_once)
-        await _remove_older(destination, names, there, {file.name for file in begun})
+        await _remove_older(destination, names, there, {file.name for file in begun}, manifest=manifest)
         for file in begun:
             await file.publish()
         if manifest:
@@ -137,12 +137,14 @@ async def write_sharded(
     return Written(tuple(file for _, file in layouts), names.manifest if manifest else None)
 
 
-async def _remove_older(destination: Destination, names: RankFiles, there: list[str], written: set[str]) -> None:
+async def _remove_older(
+    destination: Destination, names: RankFiles, there: list[str], written: set[str], *, manifest: bool
+) -> None:
     """Make room for files that are ready: remove those of an earlier save, but for a single one that is replaced."""
     older = names.in_order(name for name in there if names.is_mine(name))
     manifests = [name for name in there if not names.is_mine(name)]
-    if older:
-        # The whole folder's tells of them, too.
+    if older and not manifest:
+        # The whole folder's tells of them, too, and nothing will count more.
         manifests.append(MANIFEST_NAME)
     for name in manifests:
         await destination.remove(name)

@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt setuptools
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[torch,dev]'
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[torch,runai,dev]'
 	touch $@
 
 .PHONY: venv
@@ -57,7 +57,7 @@ types: $(INSTALLED)
 
 .PHONY: pytest
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not gpu and not root'
+	$(BIN)/python -m pytest -n auto -m 'not gpu and not root'
 
 # One after the other even under make -j: the output stays readable, and the cheap checks fail first.
 .PHONY: test

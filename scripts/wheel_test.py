@@ -68,7 +68,7 @@ def main() -> None:
 
         if not arguments.without_torch:
             _headline("The wheel, with torch")
-            _install(python, f"{wheel}[test,torch]")
+            _install(python, f"{wheel}[test,torch,runai]")
             _run_tests(python, tests, "not gpu and torch", torchless)
             _run_tests(python, tests, "not gpu", others)
 
@@ -165,7 +165,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _run_tests(python: Path, folder: Path, marks: str, files: Sequence[str]) -> None:
-    _run([python, "-m", "pytest", "-m", marks, *files], cwd=folder)
+    _run([python, "-m", "pytest", "-n", "auto", "-m", marks, *files], cwd=folder)
 
 
 def _run(command: Sequence[str | Path], *, cwd: Path | None = None, quiet: bool = False, **environment: Path) -> str:

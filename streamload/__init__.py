@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 
 from streamload._version import __version__
-from streamload.checkpoint import Catalog, ShardFile, TensorInfo
+from streamload.checkpoint import Catalog, ShardFile, Stripe, TensorInfo
 from streamload.diagnosis import Diagnosis, Finding, doctor
 from streamload.errors import (
     AccessError,
@@ -30,11 +30,14 @@ from streamload.errors import (
     DeviceError,
     HeaderError,
     IndexFileError,
+    ManifestError,
     MemoryLimitError,
+    MismatchError,
     MissingDependencyError,
     NotFoundError,
     ObjectChangedError,
     OptionError,
+    PeerError,
     SourceError,
     StreamloadError,
     TransientError,
@@ -42,19 +45,37 @@ from streamload.errors import (
     UnsupportedDtypeError,
 )
 from streamload.events import Event, Progress
-from streamload.inspection import Inspection, inspect
-from streamload.loader import AsyncStream, Stream, load, open, stream
+from streamload.inspection import Inspection, RankPlan, inspect
+from streamload.loader import AsyncStream, Stream, load, load_into, open, stream
+from streamload.manifesting import WrittenManifest, write_manifest
 from streamload.options import LoadOptions, Options
-from streamload.plan import Batch, Piece, Plan, Read
+from streamload.plan import (
+    Absent,
+    Batch,
+    Experts,
+    PackedShard,
+    Piece,
+    Placement,
+    Placements,
+    Plan,
+    Ranks,
+    Read,
+    Replicate,
+    Shard,
+)
 from streamload.report import Report
+from streamload.saving import SavedShards, save_sharded
 from streamload.trace import Trace
+from streamload.verification import BadBlock, FileVerification, Verification, verify
 
 # Without it, Python prints warnings to stderr where nobody has configured logging.
 logging.getLogger("streamload").addHandler(logging.NullHandler())
 
 __all__ = [
+    "Absent",
     "AccessError",
     "AsyncStream",
+    "BadBlock",
     "Batch",
     "Catalog",
     "CheckpointError",
@@ -65,35 +86,55 @@ __all__ = [
     "DeviceError",
     "Diagnosis",
     "Event",
+    "Experts",
+    "FileVerification",
     "Finding",
     "HeaderError",
     "IndexFileError",
     "Inspection",
     "LoadOptions",
+    "ManifestError",
     "MemoryLimitError",
+    "MismatchError",
     "MissingDependencyError",
     "NotFoundError",
     "ObjectChangedError",
     "OptionError",
     "Options",
+    "PackedShard",
+    "PeerError",
     "Piece",
+    "Placement",
+    "Placements",
     "Plan",
     "Progress",
+    "RankPlan",
+    "Ranks",
     "Read",
+    "Replicate",
     "Report",
+    "SavedShards",
+    "Shard",
     "ShardFile",
     "SourceError",
     "Stream",
     "StreamloadError",
+    "Stripe",
     "TensorInfo",
     "Trace",
     "TransientError",
     "TruncatedReadError",
     "UnsupportedDtypeError",
+    "Verification",
+    "WrittenManifest",
     "__version__",
     "doctor",
     "inspect",
     "load",
+    "load_into",
     "open",
+    "save_sharded",
     "stream",
+    "verify",
+    "write_manifest",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartChecksums", "PartialChecksum", "RunningChecksum"]
+__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartChecksums", "PartialChecksum", "RunningChecksum", "combined"]
 
 Algorithm: TypeAlias = Literal["CRC64NVME", "CRC32C", "CRC32"]
 
@@ -157,6 +157,15 @@ class PartialChecksum:
         if position != self.size_bytes:
             raise ValueError(f"the parts end at {position} of {self.size_bytes}")
         return Checksum(self.algorithm, value)
+
+
+def combined(algorithm: Algorithm, sums: Iterable[tuple[int, int]]) -> Checksum:
+    """The checksum of parts that follow one another, out of their lengths and checksums."""
+    combine = _combine(algorithm)
+    value = 0
+    for nbytes, part in sums:
+        value = combine(value, part, nbytes)
+    return Checksum(algorithm, value)
 
 
 # awscrt is imported where it is used: it takes 70 ms, which `import streamload` should not.

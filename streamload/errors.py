@@ -8,8 +8,10 @@
     ├── CheckpointError          (ValueError)         the files do not make a checkpoint
     │   ├── HeaderError                               a file is not valid safetensors
     │   ├── IndexFileError                            the index does not fit the files
+    │   ├── ManifestError                             the manifest is none, or was written for other files
+    │   ├── MismatchError                             its tensors do not fit those that they are to fill
     │   └── UnsupportedDtypeError                     torch has no such dtype
-    ├── SourceError              (OSError)            bytes could not be had
+    ├── SourceError              (OSError)            bytes could not be had, or not be put in their place
     │   ├── NotFoundError        (FileNotFoundError)  no such bucket, key, directory or file
     │   ├── AccessError          (PermissionError)    refused
     │   │   └── CredentialsError                      nothing to sign with, or it was not accepted
@@ -20,6 +22,7 @@
     ├── DeviceError              (RuntimeError)       the device does not exist or refused
     ├── MemoryLimitError         (MemoryError)        a tensor is larger than a strict limit, or no memory is left
     ├── DeadlineError            (TimeoutError)       the load did not end in time
+    ├── PeerError                (RuntimeError)       another rank failed, or is gone
     └── ClosedError              (RuntimeError)       the stream was closed, or belongs to another process
 
 Each names where it happened in the attributes ``uri``, ``object``, ``start``, ``end`` and ``attempts``. Errors
@@ -28,6 +31,7 @@ survive pickling, and their text passes through `streamload.uris.scrub`, so that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 from streamload.uris import scrub, scrub_uri
@@ -42,11 +46,14 @@ __all__ = [
     "DeviceError",
     "HeaderError",
     "IndexFileError",
+    "ManifestError",
     "MemoryLimitError",
+    "MismatchError",
     "MissingDependencyError",
     "NotFoundError",
     "ObjectChangedError",
     "OptionError",
+    "PeerError",
     "SourceError",
     "StreamloadError",
     "TransientError",
@@ -110,6 +117,12 @@ class StreamloadError(Exception):
             self.attempts = attempts
         return self
 
+    def remark(self, text: str) -> Self:
+        """Say something more about the cause. Returns the error itself."""
+        self.cause = scrub(" ".join(f"{self.cause}; {text}".split()))
+        self.args = (self.cause,)
+        return self
+
     def __str__(self) -> str:
         where = [part for part in (self.uri, self.object) if part]
         if self.start is not None and self.end is not None:
@@ -157,12 +170,36 @@ class IndexFileError(CheckpointError):
     """The index file is not valid, or names what is not there."""
 
 
+class ManifestError(CheckpointError):
+    """The manifest beside the weights is not valid, or was written for other files than those."""
+
+
+class MismatchError(CheckpointError):
+    """The checkpoint's tensors do not fit those that they are to fill: other names, larger shapes, other dtypes.
+
+    Args:
+        cause: As of every error; so are the other arguments.
+        missing: All names that the checkpoint lacks.
+        unexpected: All names that it has beyond those that are to be filled.
+    """
+
+    def __init__(
+        self, cause: str, *, missing: Sequence[str] = (), unexpected: Sequence[str] = (), **where: Any
+    ) -> None:
+        super().__init__(cause, **where)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"missing": self.missing, "unexpected": self.unexpected}
+
+
 class UnsupportedDtypeError(CheckpointError):
     """A tensor's dtype is valid in the format but the installed torch has none to hold it."""
 
 
 class SourceError(StreamloadError, OSError):
-    """Bytes could not be had from the source."""
+    """Bytes could not be had from the source, or, where something is saved, not be put in their place."""
 
 
 class NotFoundError(SourceError, FileNotFoundError):
@@ -178,7 +215,10 @@ class CredentialsError(AccessError):
 
 
 class ChecksumError(SourceError):
-    """What arrived is not what the source says it keeps. Tensors of that object may have been handed out already."""
+    """What arrived is not what the source or the manifest says, or nothing vouches for it and something had to.
+
+    Where it is the source's checksum of a whole object, tensors of it may have been handed out already.
+    """
 
 
 class ObjectChangedError(SourceError):
@@ -221,6 +261,22 @@ class MemoryLimitError(StreamloadError, MemoryError):
 
 class DeadlineError(StreamloadError, TimeoutError):
     """The load did not end within ``deadline_s``."""
+
+
+class PeerError(StreamloadError, RuntimeError):
+    """Another rank's load failed, or that rank is gone, and so this rank's load was ended.
+
+    Args:
+        cause: As of every error; so are the other arguments.
+        rank: The rank that failed, as torch.distributed counts them; None where it is not known.
+    """
+
+    def __init__(self, cause: str, *, rank: int | None = None, **where: Any) -> None:
+        super().__init__(cause, **where)
+        self.rank = rank
+
+    def _state(self) -> dict[str, Any]:
+        return super()._state() | {"rank": self.rank}
 
 
 class ClosedError(StreamloadError, RuntimeError):

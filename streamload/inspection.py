@@ -12,13 +12,41 @@ from streamload.errors import StreamloadError
 from streamload.options import Options, resolve
 from streamload.pipeline.engine import run_in_thread
 from streamload.pipeline.fetch import Fetcher
-from streamload.plan import Plan
-from streamload.planning import plan_load
+from streamload.plan import Batch, Plan, Read
+from streamload.planning import plan_load, source_for
 from streamload.report import Recorder
-from streamload.sources import open_source
 from streamload.uris import scrub_uri
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "RankPlan", "inspect", "read_tensors"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What one rank would read.
+
+    Attributes:
+        reads: How many reads.
+        nbytes: What it keeps: its tensors' and slices' bytes.
+        fetched_bytes: What it asks the source for, headers left out.
+    """
+
+    reads: int
+    nbytes: int
+    fetched_bytes: int
+
+    @property
+    def read_amplification(self) -> float:
+        """Fetched bytes over kept bytes; one where nothing is kept."""
+        return self.fetched_bytes / self.nbytes if self.nbytes else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        return {
+            "reads": self.reads,
+            "bytes": self.nbytes,
+            "fetched_bytes": self.fetched_bytes,
+            "read_amplification": self.read_amplification,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +60,7 @@ class Inspection:
         concurrency: How many reads would be in flight to begin with.
         most_concurrency: How many there would be where more of them bring more.
         requests: How many requests it took to find out.
+        ranks: What each rank of the world would read, in order; empty where no rank was given.
     """
 
     uri: str
@@ -40,6 +69,16 @@ class Inspection:
     concurrency: int
     most_concurrency: int
     requests: int
+    ranks: tuple[RankPlan, ...] = ()
+
+    @property
+    def all_ranks(self) -> RankPlan:
+        """The ranks' sums."""
+        return RankPlan(
+            reads=sum(rank.reads for rank in self.ranks),
+            nbytes=sum(rank.nbytes for rank in self.ranks),
+            fetched_bytes=sum(rank.fetched_bytes for rank in self.ranks),
+        )
 
     def bytes_by_dtype(self) -> dict[str, tuple[int, int]]:
         """For each dtype, the most bytes first: how many tensors, and their bytes."""
@@ -90,19 +129,33 @@ class Inspection:
                 "read_bytes": self.read_bytes,
                 "concurrency": self.concurrency,
                 "most_concurrency": self.most_concurrency,
+                **_rank_plan(self.plan).to_dict(),
                 "gap_bytes": self.plan.gap_bytes,
                 "reads": [
                     {
                         "file": catalog.files[batch.file].key,
                         "start": read.start,
                         "end": read.end,
-                        "tensors": [batch.tensors[piece.tensor].name for piece in read.pieces],
+                        "fetched_bytes": read.fetched_bytes,
+                        "tensors": read_tensors(batch, read),
                     }
                     for batch in self.plan.batches
                     for read in batch.reads
                 ],
             }
+            if self.ranks:
+                found["plan"]["ranks"] = [rank.to_dict() for rank in self.ranks]
+                found["plan"]["all_ranks"] = self.all_ranks.to_dict()
         return found
+
+
+def read_tensors(batch: Batch, read: Read) -> list[str]:
+    """The names of the tensors of which a read brings something, in the order in which they begin in it."""
+    return list(dict.fromkeys(batch.tensors[piece.tensor].name for piece in read.pieces))
+
+
+def _rank_plan(plan: Plan) -> RankPlan:
+    return RankPlan(plan.reads, plan.tensor_bytes, plan.tensor_bytes + plan.gap_bytes)
 
 
 def inspect(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Inspection:
@@ -119,13 +172,12 @@ def inspect(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Inspecti
     resolved = replace(resolve(cast("dict[str, Any]", options))[0], verify="off")
     assert resolved.memory_bytes is not None
     name = os.fspath(uri)
-    concurrency = None if resolved.concurrency == "auto" else resolved.concurrency
-    opened = open_source(name, concurrency=concurrency, s3_anonymous=resolved.s3_anonymous)
+    opened = source_for(name, resolved)
     recorder = Recorder(scrub_uri(name), "none", resolved.memory_bytes, on_event=resolved.on_event)
 
     async def look() -> Inspection:
         async with opened as source, deadline(resolved.deadline_s, lambda: "the headers were not all read"):
-            planned = await plan_load(source, Fetcher(source, recorder), recorder, resolved)
+            planned = await plan_load(source, Fetcher(source, recorder), recorder, resolved, all_ranks=True)
         return Inspection(
             uri=recorder.uri,
             plan=planned.plan,
@@ -133,6 +185,7 @@ def inspect(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Inspecti
             concurrency=planned.concurrency,
             most_concurrency=planned.most_concurrency,
             requests=source.requests,
+            ranks=tuple(map(_rank_plan, planned.every_rank)),
         )
 
     try:

@@ -1,19 +1,22 @@
-"""Puts the parts together: open, stream, load."""
+"""Puts the parts together: open, stream, load, load_into."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
 
 from streamload.checkpoint import Catalog
+from streamload.checkpoint.catalog import name_filter
 from streamload.deadlines import deadline
-from streamload.errors import ClosedError, StreamloadError
+from streamload.errors import ClosedError, OptionError, StreamloadError
 from streamload.options import LoadOptions, Options, resolve
+from streamload.peers import join_peers
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.concurrency import ConcurrencyTuner
 from streamload.pipeline.engine import Engine, first_error
@@ -23,17 +26,18 @@ from streamload.pipeline.hedge import HedgePolicy, Hedger
 from streamload.pipeline.pace import Pace
 from streamload.pipeline.run import Pipeline
 from streamload.plan import Plan
-from streamload.planning import PlannedLoad, plan_load
+from streamload.planning import PlannedLoad, plan_load, source_for
 from streamload.progress import watch
 from streamload.report import Recorder, Report, State
-from streamload.sinks import NamedTensor, sink_for
-from streamload.sources import open_source
+from streamload.sinks import MakeSink, NamedTensor, sink_for
+from streamload.sinks.parameters import ParametersSink
+from streamload.sinks.targets import Targets
 from streamload.uris import scrub_uri
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AsyncStream", "Stream", "load", "open", "stream"]
+__all__ = ["AsyncStream", "Stream", "load", "load_into", "open", "stream"]
 
 
 def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream:
@@ -48,7 +52,8 @@ def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream
     The load runs on a thread of its own: a consumer that blocks its event loop does not stop the network.
 
     Args:
-        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix`` or ``s3://bucket/key.safetensors``.
+        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix`` or ``s3://bucket/key.safetensors``; with
+            ``runai+`` before the scheme, read by Run:ai's engine.
         **options: The fields of `LoadOptions`.
 
     Raises:
@@ -109,31 +114,131 @@ def load(uri: str | os.PathLike[str], **options: Unpack[Options]) -> dict[str, t
         return dict(tensors)
 
 
+def load_into(
+    model: torch.nn.Module | Mapping[str, torch.Tensor],
+    uri: str | os.PathLike[str],
+    *,
+    cast: bool = False,
+    ignore_unexpected: bool = False,
+    peers: bool = True,
+    **options: Unpack[Options],
+) -> Report:
+    """Load a checkpoint into tensors that are there already, in place.
+
+    ::
+
+        streamload.load_into(model, "s3://models/llama-tp8", rank=rank, world_size=8)
+
+    With a rank, a pre-sharded checkpoint's files of that rank are read; without one, or where there are no such files,
+    the checkpoint is an ordinary one. Names, shapes and dtypes are checked before the first tensor is read. When this
+    returns, everything is in place and verified as far as the source allows; when it raises after reading has begun,
+    the tensors' content is undefined, and the error says so.
+
+    Where torch.distributed is initialised and a rank is given, all ranks of the default process group are taken to load
+    together: one that fails ends the others' loads within seconds, and none returns before all have succeeded.
+
+    Args:
+        model: A module, whose parameters and persistent buffers are filled, or tensors by their names. They may lie on
+            any device, contiguous or not, and keep their identity.
+        uri: As for `open`.
+        cast: Whether a checkpoint's tensor of another dtype is converted, rather than an error.
+        ignore_unexpected: Whether names that the model does not have are left out, rather than an error.
+        peers: False: do not tell other ranks of a failure, nor listen or wait for theirs.
+        **options: The fields of `LoadOptions`, except for ``device``. With ``include`` or ``exclude``, only matching
+            names take part.
+
+    Returns:
+        What happened.
+
+    Raises:
+        MismatchError: Names are missing or unexpected, a tensor is larger than the one that it is to fill, or has
+            another dtype.
+        PeerError: Another rank failed, or is gone.
+        StreamloadError: Whatever else went wrong.
+
+    Warns:
+        UserWarning: A checkpoint's tensor is smaller than the one that it fills, which keeps its content beyond it.
+    """
+    others = join_peers() if peers and _has_rank(options) else None
+    into: _Into | None = None
+    try:
+        into = _Into(model, uri, options, cast=cast, ignore_unexpected=ignore_unexpected)
+        if others is not None:
+            others.when_failed(into.load.interrupt)
+        report = into.run()
+        if others is not None:
+            deadline_s = into.load.options.deadline_s
+            others.finish(None if deadline_s is None else max(0.0, deadline_s - report.seconds))
+    except BaseException as error:
+        if isinstance(error, StreamloadError):
+            error.locate(uri=scrub_uri(os.fspath(uri)))
+        # First of all, and the cause alone: this rank's tensors are no matter of the others'.
+        if others is not None:
+            others.failed(error)
+        if into is not None:
+            into.say_undefined(error)
+        raise
+    finally:
+        if others is not None:
+            others.close()
+    return report
+
+
+def _has_rank(options: Options) -> bool:
+    """Whether this is one rank's load, though its options may be wrong: then it is the one that fails."""
+    try:
+        return _resolve(options).rank is not None
+    except StreamloadError:
+        return options.get("rank") is not None
+
+
 def _resolve(options: Options) -> LoadOptions:
     return resolve(cast("dict[str, Any]", options))[0]
 
 
 class _Load:
-    """One load: the engine's thread on one side, the consumer on the other."""
+    """One load: the engine's thread on one side, the consumer on the other.
 
-    def __init__(self, uri: str, options: LoadOptions) -> None:
+    Args:
+        uri: What is loaded.
+        options: Resolved ones.
+        device: Where tensors go, in words; None: to the options' device.
+        make_sink: Makes what takes them there; None: what the device needs.
+        accept: As for `plan_load`.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        options: LoadOptions,
+        *,
+        device: str | None = None,
+        make_sink: MakeSink | None = None,
+        accept: Callable[[Catalog, Catalog], Catalog] | None = None,
+    ) -> None:
         assert options.memory_bytes is not None
         self.uri = scrub_uri(uri)
         self.options = options
+        self._accept = accept
+        self._interruption: BaseException | None = None
         self.handoff = Handoff(in_order=options.order == "file")
         self.opened: Future[Plan] = Future()
         self.opened.set_running_or_notify_cancel()  # whoever waits for it and is cancelled must not cancel it
         self.engine = Engine(self._main)
         self.engine.finished.add_done_callback(self._engine_ended)
-        concurrency = None if options.concurrency == "auto" else options.concurrency
-        self._source = open_source(uri, concurrency=concurrency, s3_anonymous=options.s3_anonymous)
+        self._source = source_for(uri, options)
         # Here, on the caller's thread: a CUDA device takes the caller's current stream.
-        self._make_sink = sink_for(options.device, lambda *copy: self.recorder.copied(*copy))
+        self._make_sink = make_sink or sink_for(options.device, lambda *copy: self.recorder.copied(*copy))
         # The load's clock starts here: torch is imported by now.
-        self.recorder = Recorder(self.uri, options.device, options.memory_bytes, on_event=options.on_event)
+        self.recorder = Recorder(self.uri, device or options.device, options.memory_bytes, on_event=options.on_event)
 
     def start(self) -> None:
         self.engine.start()
+
+    def interrupt(self, error: BaseException) -> None:
+        """End the load with this error, without waiting; where it has ended, nothing changes. From any thread."""
+        self._interruption = error
+        self.engine.cancel()
 
     def close(self) -> None:
         """Cancel whatever is under way, and wait until nothing of it is left."""
@@ -147,9 +252,14 @@ class _Load:
 
     async def _main(self) -> None:
         try:
+            if self._interruption is not None:  # which came before there was anything to cancel
+                raise self._interruption
             await self._run()
         except asyncio.CancelledError:
-            self._end(ClosedError("the stream was closed", uri=self.uri), "closed")
+            if self._interruption is not None:
+                self._end(self._interruption, "failed")
+            else:
+                self._end(ClosedError("the stream was closed", uri=self.uri), "closed")
         except BaseException as raised:
             cause = first_error(raised)
             if isinstance(cause, StreamloadError):
@@ -180,7 +290,7 @@ class _Load:
                     # Headers are compared with headers: how long they take says nothing about large reads.
                     headers = Hedger(source, budget, recorder, policy=HedgePolicy(least_siblings=3), pace=pace)
                     fetcher = Fetcher(source, recorder, pace=pace, hedger=headers if source.hedged else None)
-                    planned = await plan_load(source, fetcher, recorder, self.options)
+                    planned = await plan_load(source, fetcher, recorder, self.options, accept=self._accept)
                     await self._flow(planned, budget, pace)
             finally:
                 self.engine.ignore_cancel()
@@ -225,6 +335,66 @@ class _Load:
             self.engine.ignore_cancel()
             await sink.aclose()
             recorder.quarantined_bytes = sink.quarantined_bytes
+
+
+class _Into:
+    """A load into tensors that are there already."""
+
+    def __init__(
+        self, model: object, uri: str | os.PathLike[str], options: Options, *, cast: bool, ignore_unexpected: bool
+    ) -> None:
+        if "device" in options:
+            raise OptionError("load_into takes no device: tensors go to where the model's lie")
+        # What the environment says about devices is not meant for this either.
+        resolved = _resolve({**options, "device": "cpu"})
+        self._targets = Targets(
+            model,
+            cast=cast,
+            ignore_unexpected=ignore_unexpected,
+            wanted=name_filter(resolved.include, resolved.exclude),
+        )
+        self._sink: ParametersSink | None = None
+        self.load = _Load(
+            os.fspath(uri),
+            resolved,
+            device=", ".join(self._targets.devices),
+            make_sink=self._make_sink,
+            accept=self._targets.accept,
+        )
+
+    def run(self) -> Report:
+        """Load everything; when this returns or raises, nothing is under way any more.
+
+        Raises:
+            StreamloadError: The load's.
+        """
+        with Stream(self.load) as stream:
+            self.load.start()
+            self.load.opened.result()
+            if self._targets.narrowed:
+                shown = "; ".join(self._targets.narrowed)
+                warnings.warn(f"smaller than what they fill, which keeps the rest: {shown}", stacklevel=3)
+            for _ in stream:
+                pass
+        return stream.report
+
+    def _make_sink(
+        self, *, memory_bytes: int, read_bytes: int, concurrency: int, congruence_bytes: int = 1
+    ) -> ParametersSink:
+        self._sink = ParametersSink(self._targets.find, memory_bytes, congruence_bytes=congruence_bytes)
+        return self._sink
+
+    def say_undefined(self, error: BaseException) -> None:
+        """The load has failed: where something may have been written, have the error say so."""
+        if self._sink is None or not self._sink.touched:
+            return
+        remark = "the content of the tensors that were to be filled is now undefined"
+        if self._sink.quarantined_bytes:
+            remark += ", and a read that hangs may still write into them"
+        if isinstance(error, StreamloadError):
+            error.remark(remark)
+        else:
+            error.add_note(f"load_into: {remark}")
 
 
 class _Consumer:

@@ -19,18 +19,39 @@ class Loan:
     A source that learns of bytes as they land says so with `landed`: then they are summed up while the processor still
     has them at hand, and it is known how far the read is.
 
+    Some views may be *gaps*: what belongs there is needed by nobody, and several of them may share their memory. A
+    source may fill them or leave them as they are.
+
     Attributes:
         views: One-dimensional writable byte views; none of them is empty.
+        gaps: For each view, whether it is a gap; None where there is none.
         nbytes: Their length together, in bytes.
         checksum: Of what has landed so far, where it is wanted; it may stay behind what is in place.
         landed_bytes: How many bytes the source has said to be in place.
     """
 
-    __slots__ = ("_parent", "_quarantined", "checksum", "landed_bytes", "nbytes", "views")
+    __slots__ = ("_parent", "_quarantined", "checksum", "gaps", "landed_bytes", "nbytes", "views")
 
-    def __init__(self, views: Sequence[memoryview], *, parent: Loan | None = None) -> None:
-        self.views: tuple[memoryview, ...] = tuple(view for view in views if view.nbytes)
-        self.nbytes = sum(view.nbytes for view in self.views)
+    def __init__(
+        self, views: Sequence[memoryview], *, gaps: Sequence[bool] | None = None, parent: Loan | None = None
+    ) -> None:
+        """Lend views.
+
+        Args:
+            views: Empty ones are left out.
+            gaps: For each of them, whether it is a gap; None where there is none.
+            parent: The loan of which this is the rest.
+        """
+        sizes = [view.nbytes for view in views]
+        self.gaps: tuple[bool, ...] | None = None
+        if all(sizes):
+            self.views = tuple(views)
+            self.gaps = None if gaps is None else tuple(gaps)
+        else:
+            self.views = tuple(view for view in views if view.nbytes)
+            if gaps is not None:
+                self.gaps = tuple(gap for gap, size in zip(gaps, sizes, strict=True) if size)
+        self.nbytes = sum(sizes)
         self._parent = parent
         self._quarantined = False
         self.checksum: RunningChecksum | None = None if parent is None else parent.checksum
@@ -61,7 +82,8 @@ class Loan:
         if self.checksum is not None and self.checksum.nbytes != nbytes:
             # What was summed up is not what counts as being in place: it is summed up again at the end.
             self.checksum = None
-        return Loan(self.views_after(nbytes), parent=self)
+        views = self.views_after(nbytes)
+        return Loan(views, gaps=None if self.gaps is None else self.gaps[len(self.gaps) - len(views) :], parent=self)
 
     def views_after(self, nbytes: int) -> list[memoryview]:
         """The views without their first `nbytes` bytes."""

@@ -11,17 +11,31 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
+from streamload.checkpoint.rank_files import RankFiles
 from streamload.errors import OptionError
 from streamload.events import OnEvent, OnProgress
 from streamload.host import host_limits
-from streamload.plan import LEAST_READ_BYTES
+from streamload.plan import LEAST_READ_BYTES, Placement, Placements, Ranks, Uneven
 from streamload.units import format_bytes, parse_bytes
 
-__all__ = ["Concurrency", "LoadOptions", "Options", "Order", "ResolvedOption", "Verify", "proxies", "resolve"]
+__all__ = [
+    "Concurrency",
+    "LoadOptions",
+    "Options",
+    "Order",
+    "Placed",
+    "Rank",
+    "ResolvedOption",
+    "Verify",
+    "proxies",
+    "resolve",
+]
 
 Order: TypeAlias = Literal["completion", "file"]
-Verify: TypeAlias = Literal["auto", "off"]
+Verify: TypeAlias = Literal["auto", "off", "require", "sha256"]
 Concurrency: TypeAlias = "int | Literal['auto']"
+Rank: TypeAlias = "int | Ranks | Literal['auto'] | None"
+Placed: TypeAlias = "Placements | Literal['auto']"
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +53,23 @@ _MEMORY_SHARE = 4
 _MEMORY_DEFAULT_MOST = 1 << 30
 _MEMORY_LEAST = 1 << 20
 _CONCURRENCY_MOST = 1024
+
+# Only some sources take these; each says which (`Source.options`).
+_OF_SOURCES = (
+    "http_headers",
+    "s3_anonymous",
+    "runai_chunk_bytes",
+    "runai_request_timeout_s",
+    "runai_virtual_addressing",
+    "revision",
+    "allow_patterns",
+    "ignore_patterns",
+    "download_dir",
+    "cache",
+)
+
+# Their values may be secrets.
+_HIDDEN = {"http_headers"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +91,41 @@ class LoadOptions:
             so, whatever the link would bear: for those who share it. None: no limit.
         order: ``"completion"`` yields tensors as they are complete, ``"file"`` in the order of the files' bytes.
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
-        verify: ``"auto"`` checks content against the checksums that the source keeps; ``"off"`` does not.
+        verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
+            as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
+            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub keeps of a file, which makes
+            reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+        source: What serves the URI: ``"runai"``, or the scheme of any other source; None: the URI's own scheme.
         s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
+        runai_chunk_bytes: How large the requests of Run:ai's engine are, in bytes. None: the engine's choice.
+        runai_request_timeout_s: How long a request of that engine's to S3 may be silent before it makes it again. None:
+            20 seconds.
+        runai_virtual_addressing: Whether that engine names the bucket in the host's name. None: as streamload's own S3
+            client does it.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
+        http_headers: What goes with each request to an ``http://`` or ``https://`` URI's own host, a token perhaps; no
+            value is ever shown. Other sources have no use for them.
+        revision: Of an ``hf://`` repository: a branch, a tag or a commit. None: its default branch.
+        allow_patterns: Globs of paths in an ``hf://`` repository: other files are left out. None: all count.
+        ignore_patterns: The same; these files are left out.
+        download_dir: The folder of the Hub's cache. None: ``HF_HUB_CACHE``, or where that is by default.
+        cache: Whether files of an ``hf://`` repository that are read whole are put into that cache.
+        rank: Load only what this rank needs; ``"auto"``: the rank that torchrun has given this process (``RANK``,
+            ``WORLD_SIZE``, and ``LOCAL_RANK`` for a device that is just ``cuda``). `Ranks` says it in full. None: load
+            everything. Of a pre-sharded checkpoint, this rank's files are read; of an ordinary one, its slices.
+        world_size: How many ranks there are.
+        pp_size: So many pipeline stages have a range of the layers each; the other ranks share the tensors within a
+            stage. Ranks of one stage are neighbours.
+        expert_parallel: Whether experts are shared out whole among the ranks of a stage.
+        placements: How an ordinary checkpoint's tensors are shared out among the ranks: ``"auto"`` knows common
+            decoders by the ``config.json`` beside the weights; a dict of globs and placements, or a transformers
+            ``tp_plan``; or `Placements`.
+        uneven: What to do where a size is not a multiple of the number of ranks: ``"error"``, or ``"ceil"`` for the
+            rule of ``torch.chunk`` and transformers.
+        pattern: The names of a pre-sharded checkpoint's files, over the fields ``rank``, ``tp_rank``, ``pp_rank`` and
+            ``part``. None: vLLM's, and where no file is called so the checkpoint is an ordinary one.
     """
 
     device: str = "cpu"
@@ -79,8 +140,25 @@ class LoadOptions:
     deadline_s: float | None = None
     verify: Verify = "auto"
     s3_anonymous: bool = False
+    source: str | None = None
+    runai_chunk_bytes: int | None = None
+    runai_request_timeout_s: float | None = None
+    runai_virtual_addressing: bool | None = None
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
+    http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
+    revision: str | None = None
+    allow_patterns: tuple[str, ...] | None = None
+    ignore_patterns: tuple[str, ...] | None = None
+    download_dir: str | None = None
+    cache: bool = False
+    rank: Rank = None
+    world_size: int | None = None
+    pp_size: int = 1
+    expert_parallel: bool = False
+    placements: Placed = "auto"
+    uneven: Uneven = "error"
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
@@ -88,14 +166,7 @@ class LoadOptions:
         device_ok = isinstance(self.device, str) and _DEVICE.fullmatch(self.device) is not None
         _check(device_ok, "device", self.device, "cpu, cuda or cuda:N")
         for name in ("include", "exclude"):
-            globs = getattr(self, name)
-            if isinstance(globs, str):
-                # A lone string is a sequence of letters, each of them a valid glob: surely not what was meant.
-                raise OptionError(f"{name}={globs!r} is a string: give a list of globs")
-            _check(isinstance(globs, Iterable), name, globs, "a list of globs")
-            globs = tuple(globs)
-            _check(all(isinstance(glob, str) for glob in globs), name, globs, "a list of globs")
-            object.__setattr__(self, name, globs)
+            object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if self.memory_bytes is not None:
             _check_integer("memory_bytes", self.memory_bytes, _MEMORY_LEAST)
         if self.read_bytes is not None:
@@ -105,14 +176,110 @@ class LoadOptions:
         if self.max_bytes_per_s is not None:
             _check_positive("max_bytes_per_s", self.max_bytes_per_s, "bytes a second above zero")
         _check(self.order in ("completion", "file"), "order", self.order, "'completion' or 'file'")
-        _check(self.verify in ("auto", "off"), "verify", self.verify, "'auto' or 'off'")
+        verify_ok = self.verify in ("auto", "off", "require", "sha256")
+        _check(verify_ok, "verify", self.verify, "'auto', 'off', 'require' or 'sha256'")
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
-        for name in ("strict_memory", "s3_anonymous"):
+        self._check_ranks()
+        _check(self.source is None or bool(self.source), "source", self.source, "the name of a source")
+        if self.runai_chunk_bytes is not None:
+            _check_integer("runai_chunk_bytes", self.runai_chunk_bytes, LEAST_READ_BYTES)
+        if self.runai_request_timeout_s is not None:
+            _check_positive("runai_request_timeout_s", self.runai_request_timeout_s, "seconds above zero")
+        virtual = self.runai_virtual_addressing
+        _check(virtual is None or isinstance(virtual, bool), "runai_virtual_addressing", virtual, "True or False")
+        for name in ("strict_memory", "expert_parallel", "s3_anonymous", "cache"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
         _check(progress_ok, "progress", self.progress, "True, False or a callable")
         _check(self.on_event is None or callable(self.on_event), "on_event", self.on_event, "a callable")
+        if not isinstance(self.http_headers, Mapping):
+            raise OptionError("http_headers is not a mapping of names to values")
+        object.__setattr__(self, "http_headers", dict(self.http_headers))
+        for name in ("allow_patterns", "ignore_patterns"):
+            if (patterns := getattr(self, name)) is not None:
+                # A lone pattern is what huggingface_hub takes, too.
+                object.__setattr__(self, name, _globs(name, [patterns] if isinstance(patterns, str) else patterns))
+        if isinstance(self.download_dir, os.PathLike):
+            object.__setattr__(self, "download_dir", os.fspath(self.download_dir))
+        for name in ("revision", "download_dir"):
+            value = getattr(self, name)
+            _check(value is None or (isinstance(value, str) and bool(value)), name, value, "a string, and not empty")
+
+    def for_source(self) -> dict[str, Any]:
+        """What is given of the options that only some sources take."""
+        return {name: value for name in _OF_SOURCES if (value := getattr(self, name)) not in (None, {}, False)}
+
+    def _check_ranks(self) -> None:
+        _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
+        if self.pattern is not None:
+            _check(isinstance(self.pattern, str), "pattern", self.pattern, "the name of a file, with fields in braces")
+        if isinstance(self.placements, Mapping):
+            object.__setattr__(self, "placements", _placements_of(self.placements))
+        placements_ok = self.placements == "auto" or isinstance(self.placements, Placements)
+        _check(placements_ok, "placements", self.placements, "'auto', a dict of names and placements, or Placements")
+        if self.rank is None or isinstance(self.rank, Ranks):
+            given = {
+                "world_size": self.world_size is not None,
+                "pp_size": self.pp_size != 1,
+                "expert_parallel": self.expert_parallel is True,
+                "placements": self.rank is None and self.placements != "auto",
+                "pattern": self.rank is None and self.pattern is not None,
+            }
+            for name in (name for name, is_given in given.items() if is_given):
+                # A single world size would be mistaken for one of the three.
+                why = "given without a rank" if self.rank is None else "for a rank that is a number"
+                raise OptionError(f"{name} is {why}")
+        elif self.rank == "auto":
+            raise OptionError("rank='auto' is what open, stream and load find out; give LoadOptions the number")
+        elif self.world_size is None:
+            raise OptionError(f"rank={self.rank!r} is given without world_size")
+        _ = self.rank_files  # refuses numbers and a pattern that make no sense
+
+    @property
+    def rank_files(self) -> RankFiles | None:
+        """What this rank's files of a pre-sharded checkpoint are called; None where everything is loaded.
+
+        Raises:
+            OptionError: The numbers or the pattern make no sense.
+        """
+        if self.rank is None:
+            return None
+        if isinstance(self.rank, Ranks):
+            ranks = self.rank
+            rank = ranks.pp_rank * ranks.tp_size + ranks.tp_rank
+            return RankFiles(rank, ranks.tp_size * ranks.pp_size, ranks.pp_size, self.pattern)
+        assert self.rank != "auto"
+        assert self.world_size is not None
+        return RankFiles(self.rank, self.world_size, self.pp_size, self.pattern)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Which rank this is in each way in which the model is divided; None where everything is loaded."""
+        return None if self.rank is None else self.ranks_of_all()[self._index()]
+
+    def ranks_of_all(self) -> tuple[Ranks, ...]:
+        """Every rank of the world that this one belongs to, in order; none where everything is loaded."""
+        if self.rank is None:
+            return ()
+        if isinstance(self.rank, Ranks):
+            return _all_ranks(self.rank)
+        assert self.world_size is not None
+        stage = self.world_size // self.pp_size
+        return tuple(
+            Ranks(
+                tp_rank=rank % stage,
+                tp_size=stage,
+                pp_rank=rank // stage,
+                pp_size=self.pp_size,
+                ep_rank=rank % stage if self.expert_parallel else 0,
+                ep_size=stage if self.expert_parallel else 1,
+            )
+            for rank in range(self.world_size)
+        )
+
+    def _index(self) -> int:
+        return _all_ranks(self.rank).index(self.rank) if isinstance(self.rank, Ranks) else cast("int", self.rank)
 
 
 class Options(TypedDict, total=False):
@@ -130,8 +297,25 @@ class Options(TypedDict, total=False):
     deadline_s: float | None
     verify: Verify
     s3_anonymous: bool
+    source: str | None
+    runai_chunk_bytes: int | None
+    runai_request_timeout_s: float | None
+    runai_virtual_addressing: bool | None
     progress: bool | OnProgress
     on_event: OnEvent | None
+    http_headers: Mapping[str, str]
+    revision: str | None
+    allow_patterns: Sequence[str] | str | None
+    ignore_patterns: Sequence[str] | str | None
+    download_dir: str | os.PathLike[str] | None
+    cache: bool
+    rank: Rank
+    world_size: int | None
+    pp_size: int
+    expert_parallel: bool
+    placements: Placed | Mapping[str, str] | Mapping[str, Placement]
+    uneven: Uneven
+    pattern: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +349,7 @@ def resolve(
         OptionError: An unknown name, or a value without meaning.
     """
     environment = os.environ if environment is None else environment
-    known = {field.name: field.default for field in dataclasses.fields(LoadOptions)}
+    known = [field.name for field in dataclasses.fields(LoadOptions)]
     for name in given:
         if name not in known:
             raise OptionError(f"there is no option {name!r}; there are {', '.join(known)}")
@@ -179,21 +363,26 @@ def resolve(
             try:
                 values[name] = parse(text)
             except ValueError as error:
-                raise OptionError(f"{variable}={text!r}: {error}") from error
+                shown = "" if name in _HIDDEN else f"={text!r}"
+                raise OptionError(f"{variable}{shown}: {error}") from error
             origins[name] = f"environment ({variable})"
     values.update(given)
     origins.update(dict.fromkeys(given, "argument"))
     if values.get("memory_bytes") is None:
         values["memory_bytes"], origins["memory_bytes"] = _default_memory(environment)
+    if values.get("rank") == "auto":
+        _find_rank(values, origins, environment)
     try:
         options = LoadOptions(**values)
     except OptionError as error:
         # Every refusal of a value begins with the option's name.
-        origin = origins.get(error.cause.partition("=")[0], "")
+        name = error.cause.partition("=")[0]
+        origin = origins.get(name, "")
         variable = origin.removeprefix("environment (").removesuffix(")")
         if variable == origin:
             raise
-        raise OptionError(f"{variable}={environment[variable]!r}: {error.cause}") from None
+        shown = "" if name in _HIDDEN else f"={environment[variable]!r}"
+        raise OptionError(f"{variable}{shown}: {error.cause}") from None
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
     )
@@ -212,6 +401,38 @@ def _warn_of_misspelt(environment: Mapping[str, str]) -> None:
         name = variable.removeprefix(_PREFIX)
         if name != variable and name not in names and (alike := get_close_matches(name.upper(), names, 1, _ALIKE)):
             _logger.warning("%s is no option, and is ignored: is %s meant?", variable, _PREFIX + alike[0])
+
+
+def _find_rank(values: dict[str, Any], origins: dict[str, str], environment: Mapping[str, str]) -> None:
+    """Fill in what torchrun tells a process of its rank."""
+    names = {"rank": "RANK"} if "world_size" in values else {"rank": "RANK", "world_size": "WORLD_SIZE"}
+    if values.get("device") == "cuda":
+        names["device"] = "LOCAL_RANK"
+    for name, variable in names.items():
+        text = environment.get(variable)
+        if text is None:
+            raise OptionError(f"rank='auto' takes {name} from {variable}, which is not set: torchrun sets it")
+        if not text.isdecimal():
+            raise OptionError(f"{variable}={text!r} is not a number")
+        values[name] = f"cuda:{int(text)}" if name == "device" else int(text)
+        origins[name] = f"environment ({variable})"
+
+
+def _placements_of(given: Mapping[Any, Any]) -> Placements:
+    if all(isinstance(style, str) for style in given.values()):
+        return Placements.from_tp_plan(given)
+    return Placements.from_rules(given)
+
+
+def _all_ranks(ranks: Ranks) -> tuple[Ranks, ...]:
+    """Every combination; where as many ranks share experts as share tensors, those are the same ranks."""
+    same = (ranks.ep_rank, ranks.ep_size) == (ranks.tp_rank, ranks.tp_size)
+    return tuple(
+        Ranks(tp, ranks.tp_size, pp, ranks.pp_size, ep, ranks.ep_size)
+        for pp in range(ranks.pp_size)
+        for tp in range(ranks.tp_size)
+        for ep in ((tp,) if same else range(ranks.ep_size))
+    )
 
 
 def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:
@@ -235,12 +456,22 @@ def _parse_flag(text: str) -> bool:
     raise ValueError("neither true nor false")
 
 
-def _parse_concurrency(text: str) -> Concurrency:
+def _parse_number_or_auto(text: str) -> int | Literal["auto"]:
     return "auto" if text.strip() == "auto" else int(text)
 
 
 def _parse_globs(text: str) -> tuple[str, ...]:
     return tuple(glob.strip() for glob in text.split(",") if glob.strip())
+
+
+def _parse_headers(text: str) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip() or name.strip() in headers:
+            raise ValueError("it is not a line 'Name: value' for each header")
+        headers[name.strip()] = value.strip()
+    return headers
 
 
 _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
@@ -250,26 +481,53 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "memory_bytes": parse_bytes,
     "strict_memory": _parse_flag,
     "read_bytes": parse_bytes,
-    "concurrency": _parse_concurrency,
+    "concurrency": _parse_number_or_auto,
     "max_bytes_per_s": parse_bytes,
     "order": str.strip,
     "deadline_s": float,
     "verify": str.strip,
     "s3_anonymous": _parse_flag,
+    "source": str.strip,
+    "runai_chunk_bytes": parse_bytes,
+    "runai_request_timeout_s": float,
+    "runai_virtual_addressing": _parse_flag,
     "progress": _parse_flag,
+    "http_headers": _parse_headers,
+    "rank": _parse_number_or_auto,
+    "world_size": int,
+    "pp_size": int,
+    "expert_parallel": _parse_flag,
+    "uneven": str.strip,
+    "pattern": str,
 }
 
 
 def _shown(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value} ({format_bytes(value)})"
+    if name in _HIDDEN:
+        return ", ".join(cast("Mapping[str, str]", value)) or "none"
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, tuple):
         return ", ".join(value) if value else "none"
     if name == "max_bytes_per_s":
         return "no limit" if value is None else str(value)
+    if name == "source":
+        return "the URI's scheme" if value is None else str(value)
+    if name.startswith("runai_"):
+        return "the default" if value is None else str(value)
     return "the source's choice" if name == "read_bytes" and value is None else str(value)
+
+
+def _globs(name: str, globs: Any) -> tuple[str, ...]:
+    if isinstance(globs, str):
+        # A lone string is a sequence of letters, each of them a valid glob: surely not what was meant.
+        raise OptionError(f"{name}={globs!r} is a string: give a list of globs")
+    _check(isinstance(globs, Iterable), name, globs, "a list of globs")
+    found: tuple[str, ...] = tuple(globs)
+    _check(all(isinstance(glob, str) for glob in found), name, found, "a list of globs")
+    return found
 
 
 def _check(holds: bool, name: str, value: object, expected: str) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from streamload.checkpoint import select
+from streamload.checkpoint import Catalog, select
 from streamload.options import LoadOptions
-from streamload.pipeline.discover import ask_checksums, discover
+from streamload.pipeline.discover import ask_checksums, discover, read_config
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.verify import Verifier
-from streamload.plan import LEAST_READ_BYTES, Plan, plan_reads
+from streamload.plan import LEAST_READ_BYTES, Placements, Plan, plan_reads
 from streamload.report import Recorder
-from streamload.sources import Source, SourceObject
+from streamload.sources import Source, SourceObject, open_source
 
-__all__ = ["PlannedLoad", "effective_reads", "plan_load"]
+__all__ = ["PlannedLoad", "effective_reads", "plan_load", "source_for"]
 
 # Where many connections may bring more, smaller reads let as many work within little memory: two thirds faster from a
 # store that gives each 100 MiB/s. Below the least size, waiting for first bytes costs more than that.
@@ -35,6 +37,7 @@ class PlannedLoad:
         concurrency: How many are in flight to begin with.
         most_concurrency: How many there may be.
         verifier: Checks what arrives.
+        every_rank: The plans of all ranks, where they were asked for.
     """
 
     plan: Plan
@@ -43,9 +46,28 @@ class PlannedLoad:
     read_bytes: int
     concurrency: int
     most_concurrency: int
+    every_rank: tuple[Plan, ...] = ()
 
 
-async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, options: LoadOptions) -> PlannedLoad:
+def source_for(uri: str, options: LoadOptions) -> Source:
+    """Make the source that a URI and the options ask for; see `open_source`.
+
+    Raises:
+        OptionError: Nothing serves the URI.
+    """
+    concurrency = None if options.concurrency == "auto" else options.concurrency
+    return open_source(uri, source=options.source, concurrency=concurrency, **options.for_source())
+
+
+async def plan_load(
+    source: Source,
+    fetcher: Fetcher,
+    recorder: Recorder,
+    options: LoadOptions,
+    *,
+    accept: Callable[[Catalog, Catalog], Catalog] | None = None,
+    all_ranks: bool = False,
+) -> PlannedLoad:
     """Read the headers and decide what else to read.
 
     Args:
@@ -53,27 +75,79 @@ async def plan_load(source: Source, fetcher: Fetcher, recorder: Recorder, option
         fetcher: Asks that source.
         recorder: Told of it.
         options: The load's.
+        accept: Given the tensors and slices that the options choose, and the whole tensors that these are of, says
+            which are read; what it raises ends the load.
+        all_ranks: Whether the other ranks' plans are wanted too, where slices are.
 
     Raises:
-        CheckpointError: The files do not make a checkpoint.
+        OptionError: It is not known how a tensor is shared out among the ranks.
+        CheckpointError: The files do not make a checkpoint, or a manifest was written for others.
+        ChecksumError: What was read of a file is not what its manifest says, or cannot be verified and has to be.
         SourceError: The source's.
     """
     recorder.source = source.scheme
     read_bytes, concurrency, most_concurrency = effective_reads(source, options)
     verify = options.verify != "off"
-    everything = not (options.include or options.exclude)
-    found = await discover(fetcher, recorder, most_concurrency, keep_headers=verify, checksums=verify and everything)
-    catalog = select(found.catalog, options.include, options.exclude)
+    everything = not (options.include or options.exclude) and options.rank is None
+    found = await discover(
+        fetcher,
+        recorder,
+        most_concurrency,
+        keep_headers=verify,
+        checksums=verify and everything,
+        rank_files=options.rank_files,
+    )
+    wanted = catalog = select(found.catalog, options.include, options.exclude)
+    every: tuple[Plan, ...] = ()
+    # A pre-sharded checkpoint holds this rank's tensors as they are needed.
+    if options.ranks is not None and not found.presharded:
+        placements = options.placements
+        if not isinstance(placements, Placements):
+            placements = Placements.from_config(await read_config(fetcher, recorder))
+        slice_for = partial(placements.slice, wanted, uneven=options.uneven, whole=found.catalog)
+        catalog = slice_for(options.ranks)
+        if all_ranks:
+            every = tuple(_plan(source, slice_for(ranks), read_bytes) for ranks in options.ranks_of_all())
+    if accept is not None:
+        catalog = accept(catalog, wanted)
     checksums = found.checksums
     if verify and not everything:
         # Only those that are read whole can be compared.
-        tensors = {file.key: len(file.tensors) for file in found.catalog.files}
-        whole = [found.objects[file.key] for file in catalog.files if len(file.tensors) == tensors[file.key]]
+        nbytes = {file.key: sum(tensor.nbytes for tensor in file.tensors) for file in found.catalog.files}
+        whole = [
+            found.objects[file.key]
+            for file in catalog.files
+            if sum(tensor.nbytes for tensor in file.tensors) == nbytes[file.key]
+        ]
         checksums = await ask_checksums(fetcher, whole, most_concurrency)
-    plan = plan_reads(catalog, read_bytes=read_bytes, gap_bytes=source.request_cost_bytes)
+    sha256s: dict[str, bytes] = {}
+    if options.verify in ("require", "sha256"):
+        for object in (found.objects[file.key] for file in catalog.files):
+            sha256 = await fetcher.ask(partial(source.sha256, object), key=object.key)
+            if sha256 is not None:
+                sha256s[object.key] = sha256
+    plan = _plan(source, catalog, read_bytes)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
-    verifier = Verifier(plan, checksums, found.headers, recorder, off=not verify)
-    return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency)
+    verifier = Verifier(
+        plan,
+        checksums,
+        found.headers,
+        recorder,
+        manifests=found.manifests,
+        sha256s=sha256s,
+        off=not verify,
+        required=options.verify == "require",
+    )
+    return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency, every)
+
+
+def _plan(source: Source, catalog: Catalog, read_bytes: int) -> Plan:
+    return plan_reads(
+        catalog,
+        read_bytes=read_bytes,
+        gap_bytes=source.request_cost_bytes,
+        skip_bytes=source.skipped_gap_bytes,
+    )
 
 
 def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from streamload.errors import OptionError
 from streamload.events import Progress
 from streamload.host import HostLimits
 from streamload.options import LoadOptions, Options, proxies, resolve
+from streamload.plan import Ranks
 
 _MIB, _GIB = 1 << 20, 1 << 30
 
@@ -87,13 +89,22 @@ class TestLoadOptions:
             {"strict_memory": 1},
             {"strict_memory": None},
             {"s3_anonymous": 1},
+            {"source": ""},
+            {"runai_chunk_bytes": 4095},
+            {"runai_request_timeout_s": 0},
+            {"runai_virtual_addressing": "no"},
             {"progress": None},
             {"progress": "yes"},
             {"on_event": 7},
+            {"placements": "guess"},
+            {"placements": None},
+            {"pp_size": 0, "rank": 0, "world_size": 1},
+            {"uneven": "floor"},
+            {"expert_parallel": 1},
         ],
     )
     def test_refuse(self, given: dict[str, Any]) -> None:
-        (name,) = given
+        name = next(iter(given))
         with pytest.raises(OptionError, match=f"^{name}="):
             LoadOptions(**given)
 
@@ -114,6 +125,10 @@ class TestLoadOptions:
             {"deadline_s": 3},
             {"strict_memory": True},
             {"s3_anonymous": True},
+            {"source": "runai"},
+            {"runai_chunk_bytes": 16 << 20},
+            {"runai_request_timeout_s": 1.5},
+            {"runai_virtual_addressing": False},
             {"progress": print},
             {"on_event": print},
         ],
@@ -121,6 +136,57 @@ class TestLoadOptions:
     def test_accept(self, given: dict[str, Any]) -> None:
         ((name, value),) = given.items()
         assert getattr(LoadOptions(**given), name) == value
+
+
+class TestRanks:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"rank": 0}, "rank=0 is given without world_size"),
+            ({"world_size": 4}, "world_size is given without a rank"),
+            ({"placements": {"*": "colwise"}}, "placements is given without a rank"),
+            ({"pp_size": 2}, "pp_size is given without a rank"),
+            ({"rank": 4, "world_size": 4}, "rank=4 is not a whole number from 0 to 3"),
+            ({"rank": True, "world_size": 4}, "rank=True is not"),
+            ({"rank": 0, "world_size": 4, "pp_size": 3}, "world_size=4 ranks cannot be pp_size=3 stages of one size"),
+            ({"rank": Ranks(), "world_size": 1}, "world_size is for a rank that is a number"),
+            ({"rank": "auto"}, "rank='auto'"),
+            ({"rank": 0, "world_size": 1, "placements": {"*": "sideways"}}, "there is no style 'sideways'"),
+            ({"rank": 0, "world_size": 1, "placements": {"*": 3}}, "not a glob and a placement"),
+        ],
+    )
+    def test_refuse(self, given: dict[str, Any], message: str) -> None:
+        with pytest.raises(OptionError, match=re.escape(message)):
+            LoadOptions(**given)
+
+    def test_neighbours_share_tensors_and_stages_share_layers(self) -> None:
+        options = LoadOptions(rank=5, world_size=8, pp_size=2, expert_parallel=True)
+        assert options.ranks == Ranks(tp_rank=1, tp_size=4, pp_rank=1, pp_size=2, ep_rank=1, ep_size=4)
+        assert options.ranks_of_all()[5] == options.ranks
+        assert len(set(options.ranks_of_all())) == 8
+        assert LoadOptions().ranks is None
+        assert LoadOptions().ranks_of_all() == ()
+
+    def test_ranks_in_full(self) -> None:
+        ranks = Ranks(tp_rank=1, tp_size=2, pp_rank=0, pp_size=3, ep_rank=1, ep_size=4)
+        assert LoadOptions(rank=ranks).ranks == ranks
+        assert len(LoadOptions(rank=ranks).ranks_of_all()) == 24
+        same = Ranks(tp_rank=1, tp_size=2, ep_rank=1, ep_size=2)
+        assert LoadOptions(rank=same).ranks_of_all() == (Ranks(0, 2, 0, 1, 0, 2), same)
+
+    def test_as_torchrun_says(self) -> None:
+        environment = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+        options, origins = resolve({"rank": "auto", "device": "cuda"}, environment)
+        assert (options.rank, options.world_size, options.device) == (3, 8, "cuda:1")
+        assert {origin.name: origin.origin for origin in origins}["rank"] == "environment (RANK)"
+        assert resolve({"rank": "auto"}, environment)[0].device == "cpu"
+        assert resolve({}, environment | {"STREAMLOAD_RANK": "auto"})[0].rank == 3
+        assert resolve({"rank": "auto", "world_size": 4}, environment)[0].world_size == 4
+        assert resolve({}, environment)[0].rank is None
+        with pytest.raises(OptionError, match="WORLD_SIZE, which is not set"):
+            resolve({"rank": "auto"}, {"RANK": "3"})
+        with pytest.raises(OptionError, match="RANK='x' is not a number"):
+            resolve({"rank": "auto"}, environment | {"RANK": "x"})
 
 
 class TestResolve:
@@ -143,7 +209,18 @@ class TestResolve:
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
             "STREAMLOAD_S3_ANONYMOUS": "true",
+            "STREAMLOAD_SOURCE": "runai",
+            "STREAMLOAD_RUNAI_CHUNK_BYTES": "16MiB",
+            "STREAMLOAD_RUNAI_REQUEST_TIMEOUT_S": "7.5",
+            "STREAMLOAD_RUNAI_VIRTUAL_ADDRESSING": "no",
             "STREAMLOAD_PROGRESS": "1",
+            "STREAMLOAD_HTTP_HEADERS": "X-Token: t",
+            "STREAMLOAD_RANK": "5",
+            "STREAMLOAD_WORLD_SIZE": "8",
+            "STREAMLOAD_PP_SIZE": "2",
+            "STREAMLOAD_EXPERT_PARALLEL": "on",
+            "STREAMLOAD_UNEVEN": "ceil",
+            "STREAMLOAD_PATTERN": "{pp_rank}-{rank}.safetensors",
             "STREAMLOAD_SOMETHING_ELSE": "ignored",
         }
         assert _resolve(environment) == LoadOptions(
@@ -158,10 +235,25 @@ class TestResolve:
             deadline_s=2.5,
             verify="off",
             s3_anonymous=True,
+            source="runai",
+            runai_chunk_bytes=16 * _MIB,
+            runai_request_timeout_s=7.5,
+            runai_virtual_addressing=False,
             progress=True,
+            http_headers={"X-Token": "t"},
+            rank=5,
+            world_size=8,
+            pp_size=2,
+            expert_parallel=True,
+            uneven="ceil",
+            pattern="{pp_rank}-{rank}.safetensors",
         )
         origins = _origins(environment)
         assert origins.pop("on_event") == "default"
+        # Of one repository, not of a process.
+        for name in ("revision", "allow_patterns", "ignore_patterns", "download_dir", "cache"):
+            assert origins.pop(name) == "default"
+        assert origins.pop("placements") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
 
     @pytest.mark.parametrize(

@@ -24,7 +24,19 @@ _MODULES = [
 ]
 
 # Imported only when it is needed: each costs more than streamload itself, and none is needed by everybody.
-_LATE = ("aiobotocore", "aiofiles", "aiohttp", "awscrt", "botocore", "numpy", "rich", "safetensors", "torch", "uvloop")
+_LATE = (
+    "aiobotocore",
+    "aiofiles",
+    "aiohttp",
+    "awscrt",
+    "botocore",
+    "huggingface_hub",
+    "numpy",
+    "rich",
+    "safetensors",
+    "torch",
+    "uvloop",
+)
 
 
 def _python(code: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from streamload.checkpoint.index import SHARD_SUFFIX, Index
@@ -12,16 +12,17 @@ from streamload.checkpoint.tensors import Catalog, ShardFile
 from streamload.checkpoint.text import brief, natural_key
 from streamload.errors import CheckpointError, IndexFileError, OptionError
 
-__all__ = ["build_catalog", "select", "shard_keys"]
+__all__ = ["build_catalog", "name_filter", "select", "shard_keys"]
 
 
-def shard_keys(listed_keys: Sequence[str], index: Index | None) -> tuple[str, ...]:
+def shard_keys(listed_keys: Sequence[str], index: Index | None, *, all_listed: bool = True) -> tuple[str, ...]:
     """Say which shard files make the checkpoint, in the order in which they are read.
 
     Args:
         listed_keys: What lies in the checkpoint's folder, deeper folders left out.
         index: What the chosen index file says, if there is one. Only the files that it names count then: a folder can
             hold the same weights twice.
+        all_listed: Whether that is all that lies there; where not, the index is believed.
 
     Returns:
         Their keys in natural order; never empty. A file that the index names in a deeper folder is among them unseen.
@@ -31,7 +32,8 @@ def shard_keys(listed_keys: Sequence[str], index: Index | None) -> tuple[str, ..
         CheckpointError: There is no shard file.
     """
     if index is not None:
-        _check_listed(index, set(listed_keys))
+        if all_listed:
+            _check_listed(index, set(listed_keys))
         return index.shards
     shards = sorted((key for key in listed_keys if key.endswith(SHARD_SUFFIX)), key=natural_key)
     if not shards:
@@ -117,13 +119,19 @@ def select(catalog: Catalog, include: Sequence[str], exclude: Sequence[str]) -> 
         matches = re.compile(fnmatch.translate(glob)).match
         if not any(matches(tensor.name) for file in catalog.files for tensor in file.tensors):
             raise OptionError(f"no tensor's name matches {brief(glob)}, which was to be included")
-    included, excluded = _any_of(include or ["*"]), _any_of(exclude)
+    wanted = name_filter(include, exclude)
     files = []
     for file in catalog.files:
-        chosen = tuple(t for t in file.tensors if included.match(t.name) and not excluded.match(t.name))
+        chosen = tuple(tensor for tensor in file.tensors if wanted(tensor.name))
         if chosen:
             files.append(replace(file, tensors=chosen))
     return Catalog(tuple(files))
+
+
+def name_filter(include: Sequence[str], exclude: Sequence[str]) -> Callable[[str], bool]:
+    """What `select` chooses by: whether a name is among those that are included, and not among those left out."""
+    included, excluded = _any_of(include or ["*"]).match, _any_of(exclude).match
+    return lambda name: included(name) is not None and excluded(name) is None
 
 
 def _any_of(globs: Sequence[str]) -> re.Pattern[str]:

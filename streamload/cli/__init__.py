@@ -1,4 +1,4 @@
-"""The command line: ``streamload inspect``, ``streamload load``, ``streamload doctor``."""
+"""The command line: ``streamload inspect``, ``load``, ``manifest``, ``verify``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import streamload
-from streamload.cli import arguments, console, doctor, inspect, load
+from streamload.cli import arguments, console, doctor, inspect, load, manifest, verify
 from streamload.cli.signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -23,7 +23,13 @@ class _Command(Protocol):
     def run(self, given: argparse.Namespace, signals: Signals) -> int: ...
 
 
-_COMMANDS: dict[str, _Command] = {"inspect": inspect, "load": load, "doctor": doctor}
+_COMMANDS: dict[str, _Command] = {
+    "inspect": inspect,
+    "load": load,
+    "manifest": manifest,
+    "verify": verify,
+    "doctor": doctor,
+}
 
 _EXAMPLES = """\
 examples:

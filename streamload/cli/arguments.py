@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Literal, cast
 
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_json", "add_loading", "add_memory", "add_reading", "add_uri", "options_of"]
+__all__ = [
+    "EXIT_CODES",
+    "add_hub",
+    "add_json",
+    "add_loading",
+    "add_memory",
+    "add_reading",
+    "add_uri",
+    "add_whole",
+    "options_of",
+]
 
 EXIT_CODES = """\
 exit codes:
@@ -25,7 +37,8 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         "uri",
         metavar="URI",
         nargs="?" if optional else None,
-        help="a directory, a .safetensors file, s3://bucket/prefix or s3://bucket/key.safetensors",
+        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these; "
+        "runai+s3://... and runai+file://... are read by Run:ai's engine",
     )
 
 
@@ -43,11 +56,24 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
     )
+    _add_reads(group)
+    _add_ranks(parser)
+
+
+def add_whole(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how a checkpoint is read of which all is read."""
+    group = _group(parser, "how it is read")
+    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_reads(group)
+
+
+def _add_reads(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--read-bytes", type=_nbytes, metavar="N", help="how large a read should be, such as 8MiB")
     group.add_argument(
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
-    group.add_argument("--concurrency", type=_concurrency, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--source", metavar="NAME", help="what serves the URI, whatever its scheme: runai, for example")
     group.add_argument(
         "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
     )
@@ -61,6 +87,57 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    group = _group(parser, "one rank of several")
+    group.add_argument(
+        "--rank",
+        type=_number_or_auto,
+        metavar="N",
+        help="read only what this rank needs; auto: as torchrun says (RANK, WORLD_SIZE)",
+    )
+    group.add_argument("--world-size", type=int, metavar="N", help="how many ranks there are")
+    group.add_argument(
+        "--pp-size", type=int, metavar="N", help="so many pipeline stages have a range of the layers each (default 1)"
+    )
+    group.add_argument(
+        "--expert-parallel",
+        action=argparse.BooleanOptionalAction,
+        help="share experts out whole among the ranks of a stage",
+    )
+    group.add_argument(
+        "--tp-plan",
+        dest="placements",
+        type=_tp_plan,
+        metavar="FILE",
+        help="a transformers tp_plan in JSON; without it, the model's config.json says how it is shared out",
+    )
+    group.add_argument(
+        "--uneven", choices=("error", "ceil"), help="what to do where a size is not a multiple of the number of ranks"
+    )
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="what the files of a pre-sharded checkpoint are called, over {rank}, {tp_rank}, {pp_rank} and {part}; "
+        "vLLM's names if not given",
+    )
+
+
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """Add the options for what lies on the Hub."""
+    group = _group(parser, "of a repository on the Hub (hf://)")
+    group.add_argument("--revision", metavar="NAME", help="a branch, a tag or a commit")
+    group.add_argument(
+        "--allow-patterns", nargs="+", action="extend", metavar="GLOB", help="only files whose paths match one of these"
+    )
+    group.add_argument(
+        "--ignore-patterns", nargs="+", action="extend", metavar="GLOB", help="no files whose paths match one of these"
+    )
+    group.add_argument("--download-dir", metavar="DIR", help="the cache's folder, in place of the usual one")
+    group.add_argument(
+        "--cache", action="store_true", help="put files that are read whole into the cache, for others to find"
+    )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +154,10 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--order", choices=("completion", "file"), help="hand tensors out as they are complete, or as they lie in files"
     )
     group.add_argument(
-        "--verify", choices=("auto", "off"), help="check content against the checksums that the source keeps, or do not"
+        "--verify",
+        choices=("auto", "off", "require", "sha256"),
+        help="check content against a manifest and the source's checksums, do not, fail where something has neither, "
+        "or compare the SHA-256 that the Hub keeps, too",
     )
 
 
@@ -99,7 +179,19 @@ def _nbytes(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _concurrency(text: str) -> int | Literal["auto"]:
+def _tp_plan(path: str) -> dict[str, str]:
+    try:
+        plan = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path}: not JSON: {error}") from error
+    if not isinstance(plan, dict) or not all(isinstance(style, str) for style in plan.values()):
+        raise argparse.ArgumentTypeError(f"{path}: not an object of names and styles")
+    return plan
+
+
+def _number_or_auto(text: str) -> int | Literal["auto"]:
     if text == "auto":
         return "auto"
     try:

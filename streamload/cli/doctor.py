@@ -35,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_json(parser)
     arguments.add_loading(parser)
     arguments.add_reading(parser)
+    arguments.add_hub(parser)
 
 
 def run(given: argparse.Namespace, signals: Signals) -> int:

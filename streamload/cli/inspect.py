@@ -19,6 +19,7 @@ _EXAMPLES = """\
 examples:
   streamload inspect /models/llama
   streamload inspect s3://models/llama --include 'model.layers.0.*' --plan
+  streamload inspect s3://models/llama --rank 1 --world-size 4 --plan
   streamload inspect s3://models/llama --json | jq .dtypes"""
 
 
@@ -32,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_json(parser)
     arguments.add_reading(parser)
     arguments.add_memory(parser)
+    arguments.add_hub(parser)
 
 
 def run(given: argparse.Namespace, signals: Signals) -> int:
@@ -48,6 +50,8 @@ def run(given: argparse.Namespace, signals: Signals) -> int:
     blocks = [_title(found), *_files(found.plan.catalog, width), _dtypes(found)]
     if given.plan:
         blocks += _plan(found, width)
+        if found.ranks:
+            blocks.append(_ranks(found))
     console.emit("\n\n".join(blocks))
     return 0
 
@@ -86,7 +90,13 @@ def _plan(found: streamload.Inspection, width: int | None) -> Iterator[str]:
     )
     for number, file in enumerate(plan.catalog.files):
         rows = [
-            (str(read.start), str(read.end), format_bytes(read.nbytes), format_bytes(read.gap_bytes), _names(batch, at))
+            (
+                str(read.start),
+                str(read.end),
+                format_bytes(read.fetched_bytes),
+                format_bytes(read.gap_bytes),
+                _names(batch, at),
+            )
             for batch in plan.batches
             if batch.file == number
             for at, read in enumerate(batch.reads)
@@ -98,9 +108,22 @@ def _plan(found: streamload.Inspection, width: int | None) -> Iterator[str]:
         yield title
 
 
+def _ranks(found: streamload.Inspection) -> str:
+    """What each rank would read, and all of them together."""
+    rows = [
+        (name, str(rank.reads), format_bytes(rank.nbytes), format_bytes(rank.fetched_bytes), _times(rank))
+        for name, rank in (*((str(number), rank) for number, rank in enumerate(found.ranks)), ("all", found.all_ranks))
+    ]
+    return table(("rank", "reads", "keeps", "asks for", "amplification"), rows, right=(0, 1, 2, 3, 4))
+
+
+def _times(rank: streamload.RankPlan) -> str:
+    return f"{rank.read_amplification:.3f}"
+
+
 def _names(batch: streamload.Batch, at: int) -> str:
     """The tensors in one of a batch's reads."""
-    names: Sequence[str] = [batch.tensors[piece.tensor].name for piece in batch.reads[at].pieces]
+    names: Sequence[str] = list(dict.fromkeys(batch.tensors[piece.tensor].name for piece in batch.reads[at].pieces))
     if len(batch.reads) > 1:
         return f"{names[0]}, part {at + 1} of {len(batch.reads)}"
     return names[0] if len(names) == 1 else f"{len(names)}: {names[0]} to {names[-1]}"

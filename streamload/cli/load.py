@@ -25,6 +25,8 @@ _EXAMPLES = """\
 examples:
   streamload load s3://models/llama --device cuda:0
   streamload load /models/llama --memory-bytes 256MiB --concurrency 8
+  streamload load s3://models/llama --rank 0 --world-size 8
+  streamload load s3://models/llama-tp8 --rank 3 --world-size 8
   streamload load s3://models/llama --trace load.json   (opens in ui.perfetto.dev)
   streamload load s3://models/llama --quiet --json | jq .gb_per_s"""
 
@@ -40,6 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     arguments.add_loading(parser)
     arguments.add_reading(parser)
+    arguments.add_hub(parser)
 
 
 def run(given: argparse.Namespace, signals: Signals) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,26 +12,41 @@ from streamload.checkpoint import (
     Catalog,
     HeaderReader,
     Index,
+    ManifestFile,
     ShardFile,
     build_catalog,
+    check_manifest,
     choose_index,
     parse_header,
     parse_index,
     shard_keys,
 )
+from streamload.checkpoint.rank_files import RankFiles, without_rank_files
 from streamload.checksums import Checksum, PartChecksums
-from streamload.errors import IndexFileError, NotFoundError, ObjectChangedError, SourceError, TransientError
+from streamload.errors import (
+    CheckpointError,
+    IndexFileError,
+    NotFoundError,
+    ObjectChangedError,
+    SourceError,
+    TransientError,
+)
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
+from streamload.pipeline.manifests import find_manifests
 from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["Discovered", "ask_checksums", "discover"]
+__all__ = ["Discovered", "Shards", "ask_checksums", "discover", "find_shards", "read_config", "read_header"]
 
 # The first read of a file. Nearly all headers are shorter (the Hub's own client reads 100 kB and finds 97 % of them
 # whole), and on an object store so much costs hardly more than a byte.
 _FIRST_READ_BYTES = 256 << 10
+
+_CONFIG_KEY = "config.json"
+# A model's config is a few kilobytes; what is larger is something else.
+_MAX_CONFIG_BYTES = 4 << 20
 
 # Headers beyond this are read and parsed one at a time: parsed, a header takes many times its size.
 _LARGE_HEADER_BYTES = 4 << 20
@@ -45,16 +61,27 @@ class Discovered:
         objects: The shard files as the source knows them, by key.
         headers: Their headers, the eight bytes of length included, by key; empty where they were not to be kept.
         checksums: What `ask_checksums` found, by key; empty where it was not to ask.
+        manifests: What manifests say of the shard files, by key; each fits its file. Empty where headers were not to be
+            kept: nothing is verified then.
+        presharded: Whether these are one rank's files of a pre-sharded checkpoint.
     """
 
     catalog: Catalog
     objects: dict[str, SourceObject]
     headers: dict[str, bytes]
     checksums: dict[str, Checksum | PartChecksums | str]
+    manifests: dict[str, ManifestFile]
+    presharded: bool
 
 
 async def discover(
-    fetcher: Fetcher, recorder: Recorder, concurrency: int, *, keep_headers: bool, checksums: bool
+    fetcher: Fetcher,
+    recorder: Recorder,
+    concurrency: int,
+    *,
+    keep_headers: bool,
+    checksums: bool,
+    rank_files: RankFiles | None = None,
 ) -> Discovered:
     """Learn which tensors there are.
 
@@ -62,22 +89,17 @@ async def discover(
         fetcher: Asks the source.
         recorder: Told of the time and the bytes that it takes.
         concurrency: How many requests are made at once.
-        keep_headers: Whether the headers' bytes are wanted, to sum them up.
+        keep_headers: Whether the headers' bytes are wanted, to sum them up, and the manifests.
         checksums: Whether to ask for all objects' checksums at the same time.
+        rank_files: What the wanted rank's files are called where the checkpoint is pre-sharded; it counts as that where
+            there are any.
 
     Raises:
-        CheckpointError: The files do not make a checkpoint.
+        CheckpointError: The files do not make a checkpoint, or a manifest was written for others.
         SourceError: The source's.
     """
-    started_s = recorder.now()
-    with recorder.stage("list"):
-        listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
-        index = await _read_index(fetcher, recorder, listed)
-        keys = shard_keys(tuple(listed), index)
-        objects = await _find(fetcher, keys, listed, index, concurrency)
-    # Until it is known what of it is wanted.
-    recorder.total_bytes = sum(object.size_bytes for object in objects.values())
-    recorder.event("list", "engine", started_s, detail=f"{len(listed)} objects, {len(objects)} shard files")
+    shards = await find_shards(fetcher, recorder, concurrency, rank_files=rank_files)
+    listed, index, objects = shards.listed, shards.index, shards.objects
 
     lanes: asyncio.Queue[str] = asyncio.Queue()
     for number in range(concurrency):
@@ -90,13 +112,90 @@ async def discover(
                 for object in objects.values()
             ]
             asking = group.create_task(ask_checksums(fetcher, objects.values() if checksums else (), concurrency))
+            manifesting = group.create_task(find_manifests(fetcher, recorder, listed, objects if keep_headers else ()))
     found = [task.result() for task in reading]
+    manifests = manifesting.result()
+    for file, _ in found:
+        if file.key in manifests:
+            check_manifest(manifests[file.key], file)
     return Discovered(
         catalog=build_catalog([file for file, _ in found], index),
         objects=objects,
         headers={file.key: header for file, header in found} if keep_headers else {},
         checksums=asking.result(),
+        manifests=manifests,
+        presharded=shards.presharded,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Which files make the checkpoint.
+
+    Attributes:
+        listed: Everything under the URI, by its key.
+        index: What the index says, if there is one that counts.
+        objects: The shard files, by their keys.
+        presharded: Whether these are one rank's files of a pre-sharded checkpoint.
+    """
+
+    listed: dict[str, SourceObject]
+    index: Index | None
+    objects: dict[str, SourceObject]
+    presharded: bool
+
+
+async def find_shards(
+    fetcher: Fetcher,
+    recorder: Recorder,
+    concurrency: int,
+    *,
+    rank_files: RankFiles | None = None,
+    all_ranks: bool = False,
+) -> Shards:
+    """List what lies under the URI, and choose the shard files.
+
+    Args:
+        fetcher: Asks the source.
+        recorder: Told of the time that it takes.
+        concurrency: How many requests are made at once.
+        rank_files: As for `discover`.
+        all_ranks: Whether every rank's files of a pre-sharded checkpoint count, for who reads files and not tensors.
+
+    Raises:
+        CheckpointError: There is no shard file, or the index does not fit.
+        SourceError: The source's.
+    """
+    started_s = recorder.now()
+    with recorder.stage("list"):
+        listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
+        names = tuple(listed)
+        keys = None if rank_files is None else rank_files.choose(names)
+        presharded = keys is not None
+        index = None if presharded else await _read_index(fetcher, recorder, listed)
+        if keys is None:
+            names = names if all_ranks or index is not None else without_rank_files(names)
+            keys = shard_keys(names, index, all_listed=fetcher.source.lists_folders)
+        objects = await _find(fetcher, keys, listed, index, concurrency)
+    # Until it is known what of it is wanted.
+    recorder.total_bytes = sum(object.size_bytes for object in objects.values())
+    recorder.event("list", "engine", started_s, detail=f"{len(listed)} objects, {len(objects)} shard files")
+    return Shards(listed, index, objects, presharded)
+
+
+async def read_header(fetcher: Fetcher, recorder: Recorder, object: SourceObject) -> tuple[ShardFile, bytes]:
+    """Read and parse one file's header.
+
+    Returns:
+        What it says, and its bytes, the eight of its length included.
+
+    Raises:
+        HeaderError: It does not stand.
+        SourceError: It cannot be read.
+    """
+    lanes: asyncio.Queue[str] = asyncio.Queue()
+    lanes.put_nowait("header 0")
+    return await _read_header(fetcher, recorder, object, lanes, asyncio.Lock())
 
 
 async def ask_checksums(
@@ -133,6 +232,32 @@ async def ask_checksums(
     async with asyncio.TaskGroup() as group:
         tasks = {object.key: group.create_task(ask(object)) for object in objects}
     return {key: task.result() for key, task in tasks.items()}
+
+
+async def read_config(fetcher: Fetcher, recorder: Recorder) -> dict[str, object]:
+    """Read the config.json beside the weights.
+
+    Raises:
+        CheckpointError: There is none, or it is no JSON object.
+        SourceError: The source's.
+    """
+    try:
+        object = await fetcher.ask(lambda: fetcher.source.stat(_CONFIG_KEY), key=_CONFIG_KEY)
+    except NotFoundError as error:
+        raise CheckpointError(
+            "placements='auto' takes the kind of model from config.json, and there is none beside the weights",
+            object=_CONFIG_KEY,
+        ) from error
+    if object.size_bytes > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"config.json has {object.size_bytes} bytes: it is no model's config", object=_CONFIG_KEY)
+    content = await _read_bytes(fetcher, recorder, object, 0, object.size_bytes)
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"config.json is not valid JSON: {error}", object=_CONFIG_KEY) from error
+    if not isinstance(config, dict):
+        raise CheckpointError("config.json is no JSON object", object=_CONFIG_KEY)
+    return config
 
 
 async def _read_index(fetcher: Fetcher, recorder: Recorder, listed: dict[str, SourceObject]) -> Index | None:

@@ -259,9 +259,13 @@ class Pipeline:
         recorder.start("read")
         try:
             self._loans.add(loan)
-            loan.checksum = self._verifier.running(object.key, read.start)
+            summed_up = not open_batch.batch.sliced
+            if summed_up:
+                loan.checksum = self._verifier.running(object.key, read.start)
             await self._fetcher.read(object, read.start, read.end, loan, lane)
-            self._verifier.add(object.key, read.start, loan)
+            if summed_up:
+                self._verifier.add(object.key, read.start, loan)
+            await self._verifier.digest(object.key, read.start, loan)
         except BaseException:
             sink.failed(open_batch.lease, read, loan)
             recorder.quarantined_bytes = sink.quarantined_bytes
@@ -271,9 +275,10 @@ class Pipeline:
             recorder.stop("read")
         recorder.reads += 1
         self._read_bytes += read.nbytes
-        recorder.fetched_bytes += read.nbytes
-        recorder.arrived_bytes += read.nbytes - read.gap_bytes
-        recorder.event("read", lane, started_s, object=object.key, start=read.start, end=read.end, nbytes=read.nbytes)
+        recorder.fetched_bytes += read.fetched_bytes
+        recorder.arrived_bytes += read.piece_bytes
+        nbytes = read.fetched_bytes
+        recorder.event("read", lane, started_s, object=object.key, start=read.start, end=read.end, nbytes=nbytes)
         sink.landed(open_batch.lease, read, loan)
 
     def _landed_bytes(self) -> int:

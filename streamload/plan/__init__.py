@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from streamload.plan.placement import Absent, Experts, PackedShard, Placement, Ranks, Replicate, Shard
+from streamload.plan.placements import Placements
 from streamload.plan.planner import LEAST_READ_BYTES, plan_reads
-from streamload.plan.reads import Batch, Piece, Plan, Read
+from streamload.plan.reads import Batch, Piece, Pieces, Plan, Read
+from streamload.plan.slices import Uneven, slice_tensor
 
-__all__ = ["LEAST_READ_BYTES", "Batch", "Piece", "Plan", "Read", "plan_reads"]
+__all__ = [
+    "LEAST_READ_BYTES",
+    "Absent",
+    "Batch",
+    "Experts",
+    "PackedShard",
+    "Piece",
+    "Pieces",
+    "Placement",
+    "Placements",
+    "Plan",
+    "Ranks",
+    "Read",
+    "Replicate",
+    "Shard",
+    "Uneven",
+    "plan_reads",
+    "slice_tensor",
+]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from streamload.checkpoint import Catalog, TensorInfo
 
-__all__ = ["Batch", "Piece", "Plan", "Read"]
+__all__ = ["Batch", "Piece", "Pieces", "Plan", "Read"]
 
 
 class Piece(NamedTuple):
-    """The part of one tensor that lies inside one read.
+    """The part of one tensor, or of the slice of it that is wanted, that lies inside one read.
 
     Attributes:
         tensor: The tensor's place in its batch's ``tensors``.
-        tensor_start: The piece's first byte, counted from the tensor's first.
+        tensor_start: The piece's first byte, counted from the first byte of what is handed out: the tensor's, or the
+            slice's.
         read_start: The same byte, counted from the read's first.
         nbytes: How many bytes.
     """
@@ -26,6 +28,55 @@ class Piece(NamedTuple):
     nbytes: int
 
 
+class Pieces(Sequence[Piece]):
+    """The pieces of a read in which there are slices, worked out whenever they are looked at.
+
+    A slice of a tensor's second dimension has a piece for each row: of a large model, millions.
+
+    Args:
+        tensors: The tensors in the read, with their places in the batch.
+        start: The read's first byte in the file.
+        end: One past its last.
+        nbytes: How many bytes the pieces have together.
+        count: How many pieces there are.
+    """
+
+    __slots__ = ("_count", "_end", "_start", "_tensors", "nbytes")
+
+    def __init__(
+        self, tensors: Sequence[tuple[int, TensorInfo]], start: int, end: int, *, nbytes: int, count: int
+    ) -> None:
+        self._tensors = tuple(tensors)
+        self._start = start
+        self._end = end
+        self._count = count
+        self.nbytes = nbytes
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Piece]:
+        for place, tensor in self._tensors:
+            for file_start, tensor_start, nbytes in tensor.runs(self._start, self._end):
+                yield Piece(place, tensor_start, file_start - self._start, nbytes)
+
+    @overload
+    def __getitem__(self, index: int) -> Piece: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Piece]: ...
+    def __getitem__(self, index: int | slice) -> Piece | Sequence[Piece]:
+        return tuple(self)[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash((self._start, self._end, self._count))
+
+    def __repr__(self) -> str:
+        return f"<{self._count} pieces of {self.nbytes} bytes>"
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
     """One ranged request.
@@ -33,20 +84,34 @@ class Read:
     Attributes:
         start: The first byte in the file.
         end: One past the last.
-        pieces: The tensors' parts in it, in file order. What lies between them is a gap: read, but needed by nobody.
+        pieces: The tensors' parts in it, in file order. What lies between them is a gap: needed by nobody.
+        skipped_bytes: Of the gaps, how much the source passes over without reading it.
     """
 
     start: int
     end: int
-    pieces: tuple[Piece, ...]
+    pieces: Sequence[Piece]
+    skipped_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
+        """Its extent, everything between the first byte and the last."""
         return self.end - self.start
 
     @property
+    def fetched_bytes(self) -> int:
+        """How many bytes the source is asked for."""
+        return self.nbytes - self.skipped_bytes
+
+    @property
+    def piece_bytes(self) -> int:
+        """How many of its bytes are needed."""
+        return self.pieces.nbytes if isinstance(self.pieces, Pieces) else sum(piece.nbytes for piece in self.pieces)
+
+    @property
     def gap_bytes(self) -> int:
-        return self.nbytes - sum(piece.nbytes for piece in self.pieces)
+        """How many bytes are read and needed by nobody."""
+        return self.fetched_bytes - self.piece_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +136,12 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """The tensors' bytes, gaps left out."""
-        return sum(tensor.end - tensor.start for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether what is handed out of some tensor is not one range of the file."""
+        return any(tensor.stripes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +151,7 @@ class Plan:
     Attributes:
         catalog: What was planned for.
         batches: In the order in which credit is taken.
-        tensor_bytes: The tensors' bytes together.
+        tensor_bytes: The tensors' bytes together; of slices, the slices' bytes.
         gap_bytes: What is read beyond them, because asking around it would cost more.
         reads: How many reads there are.
     """

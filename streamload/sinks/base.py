@@ -83,6 +83,9 @@ class Sink(ABC, Generic[LeaseT]):
     async def lend(self, lease: LeaseT, read: Read) -> Loan:
         """Lend memory for one of the lease's reads, waiting for staging memory where there is some.
 
+        No two of its views share memory, those of gaps included: a read is summed up from them when it has ended. Only
+        of a batch with scattered slices, of which nothing is summed up, may gaps share theirs.
+
         Cancelled, it has lent nothing.
         """
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from streamload.checkpoint import Catalog, TensorInfo
 from streamload.errors import ClosedError, DeviceError, StreamloadError
 from streamload.loan import Loan
-from streamload.plan import Batch, Read
+from streamload.plan import Batch, Piece, Read
 from streamload.sinks.base import Delivery, Lease, NamedTensor, Sink
 from streamload.sinks.device import Completion, Device
 from streamload.sinks.dtypes import check_dtypes, torch_dtypes, torch_shape
 from streamload.sinks.layout import Placement, Staged, place, stage
 from streamload.sinks.pool import round_to_pages
+from streamload.sinks.scatter import copy_out, is_bounced, is_sliced, scattered
 from streamload.sinks.staging import Slot, Staging, keep
 from streamload.sinks.waiter import Waiter
 
@@ -177,9 +178,17 @@ class CudaSink(Sink[CudaLease]):
         assert self._staging is not None
         staged = lease.layout.staged[read.start]
         slot = await self._staging.take(staged.nbytes)
-        loan = Loan([slot.view[start:end] for start, end in staged.views])
+        loan = self._lend(lease, read, staged, slot)
         self._lent[loan] = slot
         return loan
+
+    def _lend(self, lease: CudaLease, read: Read, staged: Staged, slot: Slot) -> Loan:
+        if not is_sliced(read):
+            return Loan([slot.view[start:end] for start, end in staged.views])
+        behind = slot.view[staged.behind : staged.nbytes]
+        if is_bounced(read):
+            return Loan([behind])
+        return scattered(read, _into(slot.view, staged.place(lease.layout.placement)), behind)
 
     def landed(self, lease: CudaLease, read: Read, loan: Loan) -> None:
         assert self._waiter is not None
@@ -188,8 +197,12 @@ class CudaSink(Sink[CudaLease]):
             self._check()
         slot = self._lent.pop(loan)
         queued = time.perf_counter()
+        staged = lease.layout.staged[read.start]
+        if is_bounced(read):
+            received = slot.view[staged.behind : staged.nbytes]
+            copy_out(read.pieces, _into(slot.view, staged.place(lease.layout.placement)), received)
         try:
-            for block, block_start, staging_start, nbytes in lease.layout.staged[read.start].segments:
+            for block, block_start, staging_start, nbytes in staged.segments:
                 self._device.copy(
                     lease.blocks[block][block_start : block_start + nbytes],
                     slot.memory[staging_start : staging_start + nbytes],
@@ -344,13 +357,17 @@ class CudaSink(Sink[CudaLease]):
         self._registered.set()
 
 
+def _into(view: memoryview, place: Callable[[Piece], int]) -> Callable[[Piece], tuple[memoryview, int]]:
+    return lambda piece: (view, place(piece))
+
+
 def _describe(batch: Batch) -> str:
     first, others = batch.tensors[0].name, len(batch.tensors) - 1
     return f"{first} and {others} more" if others else first
 
 
 def _tensor(tensor: TensorInfo, block: torch.Tensor, start: int) -> torch.Tensor:
-    flat = block[start : start + tensor.end - tensor.start]
+    flat = block[start : start + tensor.nbytes]
     return flat.view(torch_dtypes()[tensor.dtype]).view(torch_shape(tensor))
 
 

@@ -3,6 +3,8 @@
 Except for small tensors. A region of their own would cost each a page, and a region shared between them would be kept
 alive as a whole by whoever keeps one of them; so they arrive in memory that their batch shares, and are copied out of
 it one by one as the consumer takes them.
+
+Where slices are read together with the gaps between them, `scatter` says what becomes of the gaps.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import TYPE_CHECKING
 from streamload.checkpoint import Catalog, TensorInfo
 from streamload.errors import MemoryLimitError
 from streamload.loan import Loan
-from streamload.plan import Batch, Read
+from streamload.plan import Batch, Piece, Read
 from streamload.sinks.base import Delivery, Lease, NamedTensor, Sink
 from streamload.sinks.dtypes import check_dtypes, torch_dtypes, torch_shape
 from streamload.sinks.pool import HostPool, round_to_pages
+from streamload.sinks.scatter import SCRATCH_BYTES, Bounces, is_bounced, is_sliced, scattered
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +28,7 @@ __all__ = ["HostDelivery", "HostLease", "HostSink"]
 
 # Below this a tensor is copied out: rounding a region up to pages wastes at most a sixteenth from here on.
 _SMALL_BYTES = 64 << 10
+
 
 # Memory that something may still write into. It outlives every sink: nothing else can be done with it.
 _QUARANTINED: list[memoryview] = []
@@ -35,23 +39,42 @@ _ALIGNMENT_BYTES = 8
 
 
 class HostLease(Lease):
-    """A batch's memory on the host: a region for each large tensor, and one that the small ones and the gaps share."""
+    """A batch's memory on the host: a region for each large tensor, and one that the small ones and the gaps share.
 
-    __slots__ = ("quarantined", "regions", "shared", "shared_starts")
+    Of a batch with slices, the gaps are not in the shared region, and some regions more are for receiving whole reads.
+    """
 
-    def __init__(self, batch: Batch, pool: HostPool, offset: Callable[[int, int], int]) -> None:
+    __slots__ = ("bounces", "quarantined", "regions", "shared", "shared_starts")
+
+    def __init__(
+        self, batch: Batch, pool: HostPool, offset: Callable[[int, int], int], bounces: tuple[int, int]
+    ) -> None:
         super().__init__(batch)
         self.regions: dict[int, _Region] = {}
         self.shared_starts: dict[int, int] = {}
         self.quarantined = False
+        self.bounces = Bounces(pool.take, bounces)
         shared_bytes = _shared_bytes(batch)
         self.shared = _NO_REGION
         if shared_bytes:
             self.shared = _Region(pool, shared_bytes, offset(batch.reads[0].start, shared_bytes))
         for place, tensor in enumerate(batch.tensors):
             if _is_large(tensor):
-                nbytes = tensor.end - tensor.start
-                self.regions[place] = _Region(pool, nbytes, offset(tensor.start, nbytes))
+                self.regions[place] = _Region(pool, tensor.nbytes, offset(tensor.start, tensor.nbytes))
+        if batch.sliced:
+            start = 0
+            for place, tensor in enumerate(batch.tensors):
+                if place not in self.regions:
+                    self.shared_starts[place] = start
+                    start += tensor.nbytes
+
+    def place(self, piece: Piece) -> tuple[memoryview, int]:
+        """The memory that a piece of a slice belongs in, and where in it."""
+        region = self.regions.get(piece.tensor)
+        if region is not None:
+            return region.memory, region.offset + piece.tensor_start
+        start = self.shared_starts[piece.tensor]
+        return self.shared.memory, self.shared.offset + start + piece.tensor_start
 
     def views(self, read: Read) -> list[memoryview]:
         """The memory for one read, in the order of its bytes."""
@@ -106,7 +129,7 @@ class HostDelivery(Delivery):
     def tensors(self) -> Iterator[NamedTensor]:
         lease = self._lease
         for place, tensor in enumerate(lease.batch.tensors):
-            nbytes = tensor.end - tensor.start
+            nbytes = tensor.nbytes
             if nbytes == 0:
                 yield tensor.name, _empty(tensor)
             elif place in lease.regions:
@@ -130,17 +153,18 @@ class HostSink(Sink[HostLease]):
         self._congruence_bytes = congruence_bytes
         self._memory_bytes = memory_bytes
         self._pool = HostPool(memory_bytes)
+        self._scratch = memoryview(bytearray(SCRATCH_BYTES))
         self._quarantined_bytes = 0
 
     def check(self, catalog: Catalog) -> None:
         check_dtypes(catalog)
 
     def credit_bytes(self, batch: Batch) -> int:
-        large = sum(
-            self._region_bytes(tensor.start, tensor.end - tensor.start) for tensor in batch.tensors if _is_large(tensor)
-        )
+        large = sum(self._region_bytes(tensor.start, tensor.nbytes) for tensor in batch.tensors if _is_large(tensor))
         shared_bytes = _shared_bytes(batch)
-        return large + (self._region_bytes(batch.reads[0].start, shared_bytes) if shared_bytes else 0)
+        shared = self._region_bytes(batch.reads[0].start, shared_bytes) if shared_bytes else 0
+        bounces, bounce_bytes = Bounces.sizes(batch, self._memory_bytes)
+        return large + shared + bounces * round_to_pages(bounce_bytes)
 
     def _region_bytes(self, start: int, nbytes: int) -> int:
         return round_to_pages(self._offset(start, nbytes) + nbytes)
@@ -154,7 +178,7 @@ class HostSink(Sink[HostLease]):
 
     def begin(self, batch: Batch, spare_bytes: int) -> HostLease:
         try:
-            lease = HostLease(batch, self._pool, self._offset)
+            lease = HostLease(batch, self._pool, self._offset, Bounces.sizes(batch, self._memory_bytes))
         except (MemoryError, OSError, OverflowError) as error:
             nbytes, name = self.credit_bytes(batch), batch.tensors[0].name
             raise MemoryLimitError(f"the system does not give {nbytes} bytes for tensor {name!r}: {error}") from error
@@ -166,23 +190,39 @@ class HostSink(Sink[HostLease]):
         return lease
 
     async def lend(self, lease: HostLease, read: Read) -> Loan:
-        return Loan(lease.views(read))
+        if not is_sliced(read):
+            return Loan(lease.views(read))
+        if not is_bounced(read):
+            return scattered(read, lease.place, self._scratch)
+        return await lease.bounces.lend(read)
 
     def landed(self, lease: HostLease, read: Read, loan: Loan) -> None:
-        pass
+        lease.bounces.landed(loan, read, lease.place)
 
     def failed(self, lease: HostLease, read: Read, loan: Loan) -> None:
-        if loan.quarantined and not lease.quarantined:
+        received = lease.bounces.failed(loan)
+        if not loan.quarantined:
+            return
+        if received is not None:
+            self._quarantine([received])
+        elif not lease.quarantined:
             lease.quarantined = True
-            kept = [region.memory for region in (lease.shared, *lease.regions.values())]
-            _QUARANTINED.extend(kept)
-            self._quarantined_bytes += sum(view.nbytes for view in kept)
+            self._quarantine([region.memory for region in (lease.shared, *lease.regions.values())])
+            if loan.gaps is not None:
+                self._quarantine([self._scratch])
+                self._scratch = memoryview(bytearray(SCRATCH_BYTES))
+
+    def _quarantine(self, kept: list[memoryview]) -> None:
+        _QUARANTINED.extend(kept)
+        self._quarantined_bytes += sum(view.nbytes for view in kept)
 
     def abandon(self, lease: HostLease) -> None:
+        lease.bounces.clear()
         lease.regions.clear()
         lease.shared = _NO_REGION
 
     async def finish(self, lease: HostLease) -> HostDelivery:
+        lease.bounces.clear()
         return HostDelivery(lease)
 
     @property
@@ -194,12 +234,14 @@ class HostSink(Sink[HostLease]):
 
 
 def _is_large(tensor: TensorInfo) -> bool:
-    return tensor.end - tensor.start >= _SMALL_BYTES
+    return tensor.nbytes >= _SMALL_BYTES
 
 
 def _shared_bytes(batch: Batch) -> int:
-    """How much of what the batch reads has no region of its own."""
-    large = sum(tensor.end - tensor.start for tensor in batch.tensors if _is_large(tensor))
+    """How much of what the batch brings has no region of its own."""
+    if batch.sliced:
+        return sum(tensor.nbytes for tensor in batch.tensors if not _is_large(tensor))
+    large = sum(tensor.nbytes for tensor in batch.tensors if _is_large(tensor))
     return sum(read.nbytes for read in batch.reads) - large
 
 

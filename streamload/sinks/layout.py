@@ -7,16 +7,20 @@ however many tensors are in it::
     file      |gap| a |b|    C ...                |d|
     slab      | a .. |b ...|d ...|       own block |    C ...                |
     staging   | a .. |b ...|d ...|    C ...                |gap|
+
+A read with slices is received in that arrangement too, or, where it is `scatter`'s choice, as a whole behind it, and
+then put into the arrangement by the processor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from streamload.checkpoint import TensorInfo
-from streamload.plan import Read
+from streamload.plan import Piece, Read
+from streamload.sinks.scatter import SCRATCH_BYTES, is_bounced, is_sliced
 
 __all__ = [
     "ALIGNMENT_BYTES",
@@ -65,10 +69,12 @@ class Placement:
     Attributes:
         block_bytes: The blocks' sizes.
         places: Where each tensor lies, in the batch's order; None for an empty tensor.
+        sizes: How many bytes each tensor has.
     """
 
     block_bytes: tuple[int, ...]
     places: tuple[Place | None, ...]
+    sizes: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -98,13 +104,31 @@ class Staged:
 
     Attributes:
         nbytes: How much staging memory it needs, padding and gaps included.
-        views: The parts of that memory, as start and end, which take the read's bytes in the file's order.
+        views: The parts of that memory, as start and end, which take the read's bytes in the file's order; none of a
+            read with slices.
         segments: The copies that bring it to the device.
+        behind: Where the segments end in that memory, and the gaps, or the read as it is received, begin.
     """
 
     nbytes: int
     views: tuple[tuple[int, int], ...]
     segments: tuple[Segment, ...]
+    behind: int = 0
+
+    def place(self, placement: Placement) -> Callable[[Piece], int]:
+        """Where in that memory a piece of a read with slices belongs."""
+        by_block: dict[int, list[Segment]] = {}
+        for segment in self.segments:
+            by_block.setdefault(segment.block, []).append(segment)
+
+        def found(piece: Piece) -> int:
+            block, start, _ = _where(placement, piece.tensor, piece.tensor_start, piece.nbytes)
+            for segment in by_block[block]:
+                if segment.block_start <= start < segment.block_start + segment.nbytes:
+                    return segment.staging_start + start - segment.block_start
+            raise AssertionError("a piece that no copy brings")
+
+        return found
 
 
 def place(tensors: Sequence[TensorInfo]) -> Placement:
@@ -117,7 +141,7 @@ def place(tensors: Sequence[TensorInfo]) -> Placement:
     places: list[Place | None] = []
     slab: int | None = None
     for tensor in tensors:
-        nbytes = tensor.end - tensor.start
+        nbytes = tensor.nbytes
         if nbytes == 0:
             places.append(None)
         elif nbytes > SMALL_BYTES:
@@ -131,15 +155,17 @@ def place(tensors: Sequence[TensorInfo]) -> Placement:
                 blocks.append(0)
             blocks[slab] = start + nbytes
             places.append(Place(slab, start))
-    return Placement(tuple(blocks), tuple(places))
+    return Placement(tuple(blocks), tuple(places), tuple(tensor.nbytes for tensor in tensors))
 
 
 def stage(placement: Placement, read: Read) -> Staged:
     """Decide how a read lies in staging memory: the blocks' segments first, then the gaps.
 
     Gaps do not share their memory with each other: what a source computes over the views, a checksum say, holds for the
-    whole range.
+    whole range. (Those between slices do: of them nothing is computed.)
     """
+    if is_sliced(read):
+        return _stage_sliced(placement, read)
     extents: dict[int, tuple[int, int]] = {}
     for piece in read.pieces:
         block, start, end = _where(placement, piece.tensor, piece.tensor_start, piece.nbytes)
@@ -178,12 +204,47 @@ def stage(placement: Placement, read: Read) -> Staged:
     return Staged(used, tuple(views), tuple(segments))
 
 
+def _stage_sliced(placement: Placement, read: Read) -> Staged:
+    """A segment for each run of pieces that follow each other on the device.
+
+    Not one for each block: pieces of another read may lie between two of this one's.
+    """
+    runs: list[tuple[int, int, int]] = []  # block, from, to
+    finished: int | None = None  # the tensor whose last byte the last run ends with
+    for piece in read.pieces:
+        block, start, end = _where(placement, piece.tensor, piece.tensor_start, piece.nbytes)
+        if runs and runs[-1][0] == block:
+            padding = start - runs[-1][2]
+            follows = padding == 0 or (finished is not None and piece.tensor_start == 0 and finished < piece.tensor)
+            if follows and 0 <= padding < ALIGNMENT_BYTES:
+                runs[-1] = (block, runs[-1][1], end)
+            else:
+                runs.append((block, start, end))
+        else:
+            runs.append((block, start, end))
+        finished = piece.tensor if end == _end_of(placement, piece.tensor) else None
+    used = 0
+    segments: list[Segment] = []
+    for block, start, end in runs:
+        used = _round_up(used, ALIGNMENT_BYTES)
+        segments.append(Segment(block, start, used, end - start))
+        used += end - start
+    unneeded = read.nbytes if is_bounced(read) else min(SCRATCH_BYTES, read.nbytes - read.piece_bytes)
+    return Staged(used + unneeded, (), tuple(segments), behind=used)
+
+
 def _where(placement: Placement, tensor: int, tensor_start: int, nbytes: int) -> tuple[int, int, int]:
     found = placement.places[tensor]
     if found is None:
         raise ValueError(f"the read has a piece of tensor {tensor}, which is empty")
     start = found.start + tensor_start
     return found.block, start, start + nbytes
+
+
+def _end_of(placement: Placement, tensor: int) -> int:
+    found = placement.places[tensor]
+    assert found is not None
+    return found.start + placement.sizes[tensor]
 
 
 def _round_up(nbytes: int, alignment: int) -> int:

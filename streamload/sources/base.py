@@ -39,27 +39,36 @@ class Source(ABC):
     Attributes:
         uri: The URI as the caller gave it, without credentials.
         scheme: The first scheme that this source serves, for reports.
+        options: The names of the options that it takes beyond ``concurrency``, as keyword arguments.
         request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
+        skipped_gap_bytes: The gaps of a loan that are wider than this are passed over without reading them; None: the
+            source reads all of a range.
         read_bytes: How large a read should be where the caller says nothing.
         concurrency: How many reads should be in flight where the caller says nothing: to begin with, where more may be.
         most_concurrency: How many there may be where more of them bring more; None where `concurrency` is the best.
+        lists_folders: Whether `list` shows all that is there; else only what says what else is there.
         hedged: Whether a read that is late should be asked for a second time.
         congruence_bytes: Reads are fastest into addresses that are congruent to the bytes' place in the object modulo
             this power of two; 1 where it makes no difference.
+        companions: Whether what lies beside an object, such as a manifest, is of the version that is read.
         requests: How many requests (or system calls that read) have been sent so far.
         paths: Bytes read so far by the way they came, where there is more than one.
     """
 
     scheme: ClassVar[str]
+    options: ClassVar[frozenset[str]] = frozenset()
     request_cost_bytes: ClassVar[int]
+    skipped_gap_bytes: ClassVar[int | None] = None
     read_bytes: ClassVar[int]
     concurrency: ClassVar[int]
     most_concurrency: ClassVar[int | None] = None
+    lists_folders: ClassVar[bool] = True
     hedged: ClassVar[bool] = False
     congruence_bytes: ClassVar[int] = 1
 
     def __init__(self, uri: str) -> None:
         self.uri = scrub_uri(uri)
+        self.companions = True
         self.requests = 0
         self.paths: dict[str, int] = {}
 
@@ -74,6 +83,8 @@ class Source(ABC):
     @abstractmethod
     async def list(self) -> list[SourceObject]:
         """List the objects directly under the URI (not in deeper folders), or the one object that it names.
+
+        Where a folder cannot be listed, it is the index file in it or, without one, ``model.safetensors``.
 
         Returns:
             The objects in order of their keys; never empty.
@@ -94,6 +105,8 @@ class Source(ABC):
     @abstractmethod
     async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
         """Fill `loan` with bytes `start` up to, not including, `end` of `object` at its pinned version.
+
+        What it does with the loan's gaps is its own choice.
 
         Returns or raises (CancelledError included) only when nothing can write into the loan any more; where that
         cannot be had in time it calls ``loan.quarantine()`` first.
@@ -124,6 +137,14 @@ class Source(ABC):
         """What the store keeps as an object's checksum, at its pinned version; None where it keeps none.
 
         It is that of the whole object, or those of the parts that the object was uploaded in.
+
+        Raises:
+            SourceError: It cannot be had.
+        """
+        return None
+
+    async def sha256(self, object: SourceObject) -> bytes | None:
+        """The SHA-256 of an object's content, at its pinned version; None where the store does not keep it.
 
         Raises:
             SourceError: It cannot be had.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 
+from streamload.checksums import RunningChecksum
 from streamload.errors import ObjectChangedError, TruncatedReadError
 
-__all__ = ["OpenFile", "ReadJob", "version_of"]
+__all__ = ["SKIPPED_GAP_BYTES", "OpenFile", "ReadAhead", "ReadJob", "version_of"]
 
 # Linux refuses more views in one call (IOV_MAX in limits.h).
 _MAX_VIEWS = 1024
@@ -16,6 +18,12 @@ _MAX_VIEWS = 1024
 # A cancelled read waits for the call that is under way, so one call must be short: 80 ms on a disk of 100 MB/s. Not
 # shorter, because the thread waits for its turn with the interpreter after each.
 _MAX_CALL_BYTES = 8 << 20
+
+#: Gaps wider than this are passed over; `LocalSource.skipped_gap_bytes` says why.
+SKIPPED_GAP_BYTES = 4096
+
+# What the kernel reads ahead by itself after a jump, at its usual setting.
+_LEAST_AHEAD_BYTES = 128 << 10
 
 # Without O_NONBLOCK, opening what has become a FIFO since it was listed would wait for a writer; files ignore it.
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -92,8 +100,67 @@ class OpenFile:
             self._fd = None
 
 
+class ReadAhead:
+    """Has the kernel bring ranges into the page cache that it would not read ahead by itself.
+
+    It reads ahead where it sees a sequence. After a jump it begins with a few pages, and a thread would wait for the
+    disk again and again; within a range of which pieces are passed over, at every one of them. Ranges are named when
+    they are asked for, on the event loop; the first reader thread that begins a read gives the advice about all of
+    them.
+    """
+
+    def __init__(self) -> None:
+        self._ends: dict[OpenFile, int] = {}  # where the last range ended
+        self._ranges: deque[tuple[OpenFile, int, int]] = deque()
+
+    def ask(self, file: OpenFile, start: int, nbytes: int, *, gaps: bool) -> None:
+        """Name a range that will be read, and whether only parts of it will."""
+        # About: the first tensor begins a header behind the file's beginning, and some are left out.
+        follows = abs(start - self._ends.get(file, 0)) <= 2 * _LEAST_AHEAD_BYTES
+        self._ends[file] = start + nbytes
+        if nbytes >= _LEAST_AHEAD_BYTES and (gaps or not follows):
+            self._ranges.append((file, start, nbytes))
+
+    def advise(self) -> None:
+        """Give the advice; on a reader thread."""
+        while True:
+            try:
+                file, start, nbytes = self._ranges.popleft()
+            except IndexError:
+                return
+            try:
+                fd = file.borrow()
+            except OSError:
+                continue  # which the read itself will tell
+            try:
+                _bring(fd, start, nbytes)
+            finally:
+                file.give_back()
+
+
+def _bring(fd: int, start: int, nbytes: int) -> None:
+    try:
+        # Advice about 8 MiB that are in the page cache takes 100 µs; to ask for their last byte takes one.
+        if os.preadv(fd, (bytearray(1),), start + nbytes - 1, os.RWF_NOWAIT):
+            return
+    except OSError:  # not there yet, or the file system cannot say
+        pass
+    try:
+        os.posix_fadvise(fd, start, nbytes, os.POSIX_FADV_WILLNEED)
+    except OSError:  # advice is no more than that
+        return
+
+
 class ReadJob:
     """One read: fills views, in order, from a file.
+
+    Args:
+        file: Where to read.
+        views: What to fill.
+        offset: Where in the file the first view's bytes are.
+        gaps: For each view, whether nobody needs it; wide ones are passed over. None: all are needed.
+        checksum: Told of what is in place, piece by piece; None where nobody wants it summed up, as with gaps.
+        ahead: What is to be read ahead, before this read begins.
 
     Attributes:
         stop: Set by the loop's thread to end the read between two calls.
@@ -101,11 +168,23 @@ class ReadJob:
         calls: How many times the kernel was asked to read.
     """
 
-    __slots__ = ("_file", "_offset", "_views", "calls", "filled", "stop")
+    __slots__ = ("_ahead", "_checksum", "_file", "_gaps", "_offset", "_views", "calls", "filled", "stop")
 
-    def __init__(self, file: OpenFile, views: Sequence[memoryview], offset: int) -> None:
+    def __init__(
+        self,
+        file: OpenFile,
+        views: Sequence[memoryview],
+        offset: int,
+        *,
+        gaps: Sequence[bool] | None = None,
+        checksum: RunningChecksum | None = None,
+        ahead: ReadAhead | None = None,
+    ) -> None:
+        self._ahead = ahead
+        self._checksum = checksum
         self._file = file
         self._views = views
+        self._gaps = gaps
         self._offset = offset
         self.stop = False
         self.filled = 0
@@ -119,7 +198,9 @@ class ReadJob:
             return error
         try:
             self._file.check(fd)
-            complete = self._fill(fd)
+            if self._ahead is not None:
+                self._ahead.advise()
+            complete = self._fill(fd, self._views) if self._gaps is None else self._fill_around(fd, self._gaps)
             self._check_again(fd)
         except OSError as error:
             return error
@@ -137,9 +218,38 @@ class ReadJob:
             self.filled = 0
             raise
 
-    def _fill(self, fd: int) -> bool:
-        """Fill the views; False where it was stopped, or the file ended."""
+    def _fill_around(self, fd: int, gaps: Sequence[bool]) -> bool:
+        """Fill the views that are needed; False where it was stopped, or the file ended."""
         views = self._views
+        count = len(views)
+        passed = [gap and view.nbytes > SKIPPED_GAP_BYTES for gap, view in zip(gaps, views, strict=True)]
+        first = 0
+        while first < count:
+            if passed[first]:
+                self.filled += views[first].nbytes
+                first += 1
+                continue
+            last = first + 1
+            while last < count and not passed[last]:
+                last += 1
+            # A single view, as of each row of a matrix, without the detours of the general case.
+            view = views[first]
+            if last == first + 1 and view.nbytes <= _MAX_CALL_BYTES:
+                if self.stop:
+                    return False
+                got = os.preadv(fd, (view,), self._offset + self.filled)
+                self.calls += 1
+                self.filled += got
+                complete = got == view.nbytes or (got > 0 and self._fill(fd, (view[got:],)))
+            else:
+                complete = self._fill(fd, views[first:last])
+            if not complete:
+                return False
+            first = last
+        return True
+
+    def _fill(self, fd: int, views: Sequence[memoryview]) -> bool:
+        """Fill these views; False where it was stopped, or the file ended."""
         first = 0  # the first view that is not full
         inside = 0  # how much of it is
         while first < len(views):
@@ -152,10 +262,23 @@ class ReadJob:
                 return False
             self.filled += got
             inside += got
+            if self._checksum is not None:
+                _sum_up(self._checksum, batch, got)
             while first < len(views) and inside >= views[first].nbytes:
                 inside -= views[first].nbytes
                 first += 1
         return True
+
+
+def _sum_up(checksum: RunningChecksum, views: Sequence[memoryview], nbytes: int) -> None:
+    """Add the first so many bytes of some views."""
+    for view in views:
+        if nbytes < view.nbytes:
+            view = view[:nbytes]
+        checksum.add(view)
+        nbytes -= view.nbytes
+        if not nbytes:
+            return
 
 
 def _batch(views: Sequence[memoryview], first: int, inside: int) -> list[memoryview]:

@@ -24,10 +24,10 @@ from streamload.sources.operations import Operations
 from streamload.sources.writer import ViewWriter
 
 if TYPE_CHECKING:
-    from streamload.sources.s3_client import S3Client
+    from streamload.sources.s3_client import Connection, S3Client
     from streamload.wire import Head
 
-__all__ = ["S3Source"]
+__all__ = ["Place", "S3Source", "place_of"]
 
 # A listing of so many objects is not a checkpoint's, and would take a minute: 1000 come with each page.
 _MAX_PAGES = 100
@@ -78,7 +78,7 @@ class S3Source(Source):
     Args:
         uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it, nor has any other ``?``.
         concurrency: How many reads should be possible at once; by default, the class's `most_concurrency`.
-        anonymous: Whether to ask without credentials, and not to look for any.
+        s3_anonymous: Whether to ask without credentials, and not to look for any.
         connect_timeout_s: How long making a connection may take: two lost packets are mended after 3 s.
         read_timeout_s: How long a connection may be silent. S3 sends the first byte within a second nearly always; a
             store that fetches from a slower one takes longer.
@@ -105,14 +105,15 @@ class S3Source(Source):
         uri: str,
         *,
         concurrency: int | None = None,
-        anonymous: bool = False,
+        s3_anonymous: bool = False,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 20.0,
     ) -> None:
         super().__init__(uri)
-        self._place = _place_of(uri)
+        self._place = place_of(uri)
+        self.companions = not self._place.versions
         self._connections = (concurrency or self.most_concurrency or self.concurrency) + _SPARE_CONNECTIONS
-        self._anonymous = anonymous
+        self._anonymous = s3_anonymous
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._operations = Operations()
@@ -183,6 +184,25 @@ class S3Source(Source):
             except SourceError as error:
                 return {"answer": f"none: {error.cause}"}
             return await client.describe(self._place.prefix)
+
+    async def connection(self) -> Connection:
+        """Where objects are asked for, and with what: for those who ask S3 themselves.
+
+        Raises:
+            CredentialsError: There are no credentials.
+        """
+        async with self._operations.running():
+            try:
+                return await (await self._open()).connection()
+            except SourceError as error:
+                raise error.locate(uri=self.uri) from None
+
+    def plain_uri_of(self, key: str) -> str | None:
+        """An object as ``s3://bucket/key``; None where more than that is to be said to S3."""
+        place = self._place
+        if place.versions or place.requester_pays or place.bucket.startswith("arn:"):
+            return None
+        return f"s3://{place.bucket}/{place.prefix}{key}"
 
     async def aclose(self) -> None:
         try:
@@ -311,7 +331,9 @@ class S3Source(Source):
             )
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
+    """What an S3 URI means."""
+
     bucket: str  # its name, or the ARN of an access point
     prefix: str  # empty, or with a slash at its end
     name: str | None  # of the one object that the URI names
@@ -319,7 +341,12 @@ class _Place(NamedTuple):
     requester_pays: bool
 
 
-def _place_of(uri: str) -> _Place:
+def place_of(uri: str) -> Place:
+    """Take an S3 URI apart.
+
+    Raises:
+        OptionError: It names no bucket, or makes no sense.
+    """
     rest, options = _options_of(uri.partition("://")[2], uri)
     bucket, _, path = rest.partition("/")
     arn = _ARN.fullmatch(rest)
@@ -339,10 +366,10 @@ def _place_of(uri: str) -> _Place:
     if path.endswith(".safetensors"):
         folder, slash, name = path.rpartition("/")
         versions = {} if version_id is None else {path: version_id}
-        return _Place(bucket, folder + slash, name, versions, requester_pays)
+        return Place(bucket, folder + slash, name, versions, requester_pays)
     if version_id is not None:
         raise OptionError("versionId is of one object: name one that ends in .safetensors, not a prefix", uri=uri)
-    return _Place(bucket, path if path.endswith("/") or not path else f"{path}/", None, {}, requester_pays)
+    return Place(bucket, path if path.endswith("/") or not path else f"{path}/", None, {}, requester_pays)
 
 
 def _options_of(rest: str, uri: str) -> tuple[str, dict[str, str]]:

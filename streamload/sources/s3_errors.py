@@ -55,6 +55,12 @@ _PERMISSIONS = {
     "GetObjectAttributes": "s3:GetObjectAttributes",
     "HeadObject": "s3:GetObject",
     "ListObjectsV2": "s3:ListBucket",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    "DeleteObject": "s3:DeleteObject",
 }
 
 # In the text of a refusal: of an action or a key of KMS's, not of a bucket that is called so.
@@ -63,6 +69,7 @@ _ABOUT_KMS = re.compile(r"\bkms:|\bKMS\b")
 _CODES: dict[str, type[SourceError]] = {
     "NoSuchBucket": NotFoundError,
     "NoSuchKey": NotFoundError,
+    "NoSuchUpload": NotFoundError,
     "NoSuchVersion": NotFoundError,
     "AccessDenied": AccessError,
     "AllAccessDisabled": AccessError,

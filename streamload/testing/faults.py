@@ -97,6 +97,9 @@ class FaultSource(Source):
     async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
         return await self._operate(lambda: self._inner.checksum(object))
 
+    async def sha256(self, object: SourceObject) -> bytes | None:
+        return await self._inner.sha256(object)
+
     async def describe(self) -> dict[str, str]:
         return await self._inner.describe()
 

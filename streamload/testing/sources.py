@@ -49,7 +49,10 @@ class SourceConformance(ABC):
 
     Attributes:
         awkward_names: Names of objects that libraries get wrong. A store that cannot have one of them lists fewer.
+        keeps_versions: Whether a version that was replaced or removed can still be read, as in a repository.
     """
+
+    keeps_versions: ClassVar[bool] = False
 
     awkward_names: ClassVar[Sequence[str]] = (
         "100%.safetensors",
@@ -77,6 +80,10 @@ class SourceConformance(ABC):
         """Run a coroutine function once on each kind of event loop."""
         run_on_each_loop(body)
 
+    async def _all(self, source: Source, *keys: str) -> list[SourceObject]:
+        """What there is: as it is listed, or each by its name where nothing can be."""
+        return await source.list() if source.lists_folders else [await source.stat(key) for key in sorted(keys)]
+
     def test_entering_makes_no_request(self) -> None:
         async def body() -> None:
             async with self.open() as source:
@@ -90,7 +97,7 @@ class SourceConformance(ABC):
 
         async def body() -> None:
             async with self.open() as source:
-                objects = await source.list()
+                objects = await self._all(source, "Z.json", "a.safetensors", "b.safetensors")
                 assert [object.key for object in objects] == ["Z.json", "a.safetensors", "b.safetensors"]
                 assert [object.size_bytes for object in objects] == [6, 13, 13]
                 assert all(object.version for object in objects)
@@ -113,7 +120,7 @@ class SourceConformance(ABC):
 
         async def body() -> None:
             async with self.open() as source:
-                objects = await source.list()
+                objects = await self._all(source, *contents)
                 assert [object.key for object in objects] == sorted(contents)
                 for object in objects:
                     assert await source.stat(object.key) == object
@@ -153,6 +160,9 @@ class SourceConformance(ABC):
             async with self.open() as source:
                 (object,) = await source.list()
                 self.remove(_KEY)
+                if self.keeps_versions:
+                    assert await _read(source, object) == b"x" * 10
+                    return
                 error = await _error_of(SourceError, _read(source, object))
                 assert isinstance(error, NotFoundError | ObjectChangedError)
                 assert error.object == _KEY
@@ -192,13 +202,37 @@ class SourceConformance(ABC):
 
         self.run(body)
 
+    def test_reads_around_gaps_or_through_them(self) -> None:
+        content = _content(300_000)
+        self.put(_KEY, content)
+
+        async def body() -> None:
+            async with self.open() as source:
+                (object,) = await source.list()
+                for piece, gap in ((100, 2900), (4_000, 11_000), (10_000, 5), (50_000, 50_000), (7_001, 4_999)):
+                    rows = len(content) // (piece + gap)
+                    memory, scratch = memoryview(bytearray(rows * piece)), memoryview(bytearray(gap))
+                    views = [view for row in range(rows) for view in (memory[row * piece : (row + 1) * piece], scratch)]
+                    loan = Loan(views, gaps=[False, True] * rows)
+                    await source.read(object, 0, loan.nbytes, loan)
+                    rest = loan.after(piece + gap // 2)
+                    assert rest.gaps is not None
+                    assert list(rest.gaps[:2]) == [True, False]
+                    expected = b"".join(content[at : at + piece] for at in range(0, loan.nbytes, piece + gap))
+                    assert memory == expected
+                    memory[:] = bytes([_POISON]) * memory.nbytes
+                    await source.read(object, piece + gap // 2, loan.nbytes, rest)
+                    assert memory[piece:] == expected[piece:]
+
+        self.run(body)
+
     def test_empty_ranges_and_empty_objects(self) -> None:
         self.put("empty", b"")
         self.put("full", b"x" * 10)
 
         async def body() -> None:
             async with self.open() as source:
-                empty, full = await source.list()
+                empty, full = await self._all(source, "empty", "full")
                 assert (empty.size_bytes, full.size_bytes) == (0, 10)
                 requests = source.requests
                 for object, at in ((empty, 0), (full, 0), (full, 5), (full, 10)):
@@ -227,6 +261,9 @@ class SourceConformance(ABC):
             async with self.open() as source:
                 (object,) = await source.list()
                 self.put(_KEY, b"y" * 1000)
+                if self.keeps_versions:
+                    assert await _read(source, object, 100, 200) == b"x" * 100
+                    return
                 error = await _error_of(ObjectChangedError, _read(source, object, 100, 200))
                 assert not error.retryable
                 _check_place(error, 100, 200)

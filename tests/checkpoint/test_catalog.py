@@ -69,6 +69,7 @@ def test_a_file_that_the_index_names_has_to_be_there() -> None:
     )
     with pytest.raises(IndexFileError, match=r"for tensor 'd', but that file is not there$"):
         shard_keys((ONE, TWO), index)
+    assert shard_keys((index.key,), index, all_listed=False) == index.shards, "who cannot list believes the index"
 
 
 def test_files_keep_their_order_in_the_catalog() -> None:

@@ -59,6 +59,19 @@ class TestResult:
         assert report["memory_bytes"] == 2 * _MIB
         assert report["reads"] == 5 + 3 + 3
 
+    def test_a_rank_of_a_pre_sharded_checkpoint(self, cli: Program, tmp_path: Path) -> None:
+        for rank in range(12):
+            for part in range(2):
+                content = shard({f"{part}.weight": ("U8", (100 * rank + part,))})
+                (tmp_path / f"model-rank-{rank}-part-{part}.safetensors").write_bytes(content)
+                (tmp_path / f"mine.{rank}.{part}.safetensors").write_bytes(content)
+        for more in ((), ("--pattern", "mine.{tp_rank}.{part}.safetensors")):
+            found = cli("load", tmp_path, "--json", "--rank", "11", "--world-size", "12", *more)
+            assert (found.json["files"], found.json["nbytes"]) == (2, 2201)
+        refused = cli("load", tmp_path, "--rank", "3", "--world-size", "4")
+        assert refused.code == 1
+        assert "made for more than 4 ranks" in refused.err
+
     def test_a_tensor_above_the_limit(self, cli: Program, tmp_path: Path) -> None:
         (tmp_path / "a.safetensors").write_bytes(shard({"large": ("U8", (2 * _MIB,))}))
         given = ("load", tmp_path, "--json", "--memory-bytes", "1MiB")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from streamload.sources import Source, open_source
 from streamload.sources.memory import MemorySource
 from streamload.testing import FaultSource, SourceConformance
+from tests.httpserver import FileServer, run_server
+from tests.hubserver import Hub
 from tests.servers import S3Bucket
 
 
@@ -88,3 +92,82 @@ class TestS3(SourceConformance):
 
     def remove(self, key: str) -> None:
         self.bucket.remove(self.prefix + key)
+
+
+class TestHttp(SourceConformance):
+    @pytest.fixture(autouse=True)
+    def _store(self) -> Iterator[None]:
+        with run_server(FileServer()) as self.server:
+            yield
+
+    def open(self) -> Source:
+        return open_source(f"{self.server.origin}/{quote('models/llama 3')}/")
+
+    def put(self, key: str, content: bytes) -> None:
+        self.server.put(f"/models/llama 3/{key}", content)
+
+    def remove(self, key: str) -> None:
+        del self.server.files[f"/models/llama 3/{key}"]
+
+
+class TestHttpWithDatesOnly(TestHttp):
+    """A server that gives no ETag: its clock tells versions apart."""
+
+    @pytest.fixture(autouse=True)
+    def _store(self) -> Iterator[None]:
+        self.clock_s = 1_700_000_000.0
+        with run_server(FileServer(tags="weak", conditions=False)) as self.server:
+            yield
+
+    def put(self, key: str, content: bytes) -> None:
+        self.clock_s += 1.0
+        self.server.put(f"/models/llama 3/{key}", content, modified_s=self.clock_s)
+
+
+class TestHttpWithoutRanges(TestHttp):
+    """A server that answers with the whole object: what is small enough is taken out of it."""
+
+    @pytest.fixture(autouse=True)
+    def _store(self) -> Iterator[None]:
+        with run_server(FileServer(ranges=False)) as self.server:
+            yield
+
+
+class TestHub(SourceConformance):
+    """A folder of a revision whose name has slashes."""
+
+    keeps_versions = True
+
+    @pytest.fixture(autouse=True)
+    def _store(self, hub: Hub) -> None:
+        self.repository = hub.repositories["org/model"]
+        self.repository.commit({}, "refs/pr/1")
+
+    def open(self) -> Source:
+        return open_source("hf://org/model@refs/pr/1/a folder/")
+
+    def put(self, key: str, content: bytes) -> None:
+        self.repository.commit({f"a folder/{key}": content}, "refs/pr/1")
+
+    def remove(self, key: str) -> None:
+        self.repository.commit({f"a folder/{key}": None}, "refs/pr/1")
+
+
+class TestHubIntoItsCache(SourceConformance):
+    """What one read puts there, the next one takes from there."""
+
+    keeps_versions = True
+
+    @pytest.fixture(autouse=True)
+    def _store(self, hub: Hub) -> None:
+        self.repository = hub.repositories["org/model"]
+        self.repository.commit({})
+
+    def open(self) -> Source:
+        return open_source("hf://org/model", cache=True)
+
+    def put(self, key: str, content: bytes) -> None:
+        self.repository.commit({key: content})
+
+    def remove(self, key: str) -> None:
+        self.repository.commit({key: None})

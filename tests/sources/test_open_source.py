@@ -11,6 +11,7 @@ import pytest
 import streamload.sources
 from streamload.errors import MissingDependencyError, OptionError
 from streamload.sources import Source, open_source
+from streamload.sources.http import HttpSource
 from streamload.sources.local import LocalSource
 from streamload.sources.memory import MemorySource
 from streamload.sources.s3 import S3Source
@@ -41,6 +42,8 @@ def _install(monkeypatch: pytest.MonkeyPatch, **factories: str) -> None:
         ("file:///models/llama", LocalSource),
         ("FILE:///models/llama", LocalSource),
         ("s3://bucket/llama", S3Source),
+        ("https://host/llama", HttpSource),
+        ("http://host:8080/llama/model.safetensors", HttpSource),
         ("S3://bucket", S3Source),
     ],
 )
@@ -53,7 +56,7 @@ def test_schemes_that_come_with_the_package(uri: str, kind: type[Source]) -> Non
 
 def test_an_unknown_scheme_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, tape=f"{__name__}:make_memory")
-    with pytest.raises(OptionError, match="'ftp'; known are: file, s3, tape"):
+    with pytest.raises(OptionError, match=r"'ftp'; known are: file, hf, http, https, runai, .*, s3, tape"):
         open_source("ftp://user:secret@host/x")
 
 
@@ -83,3 +86,13 @@ def test_importing_the_package_imports_no_client() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_options_go_to_sources_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, tape=f"{__name__}:make_memory")
+    with pytest.raises(OptionError, match="speed has no meaning for tape://"):
+        open_source("tape://shelf", speed=3)
+    # Set for a process, whatever it loads.
+    assert open_source("tape://shelf", http_headers={"X-Token": "t"}).requests == 0
+    with pytest.raises(OptionError, match="is set for each request"):
+        open_source("https://host/x", http_headers={"Range": "bytes=0-1"})

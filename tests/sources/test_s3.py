@@ -209,7 +209,7 @@ def test_without_credentials_a_public_bucket_is_read_and_no_other(
         clean_aws_env.delenv("AWS_SECRET_ACCESS_KEY")
 
     async def body() -> None:
-        async with S3Source(s3_bucket.uri, anonymous=True) as source:
+        async with S3Source(s3_bucket.uri, s3_anonymous=True) as source:
             for call in (source.list, lambda: source.stat(_KEY)):
                 with pytest.raises(AccessError, match="AccessDenied"):
                     await call()

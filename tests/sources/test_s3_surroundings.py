@@ -20,7 +20,7 @@ from streamload.sources import SourceObject
 from streamload.sources.s3 import S3Source
 from streamload.testing import run_on_each_loop
 from tests.servers import Answer, S3Bucket, run_tunnels, serve, serve_by
-from tests.wire.server import ca_pem, server_tls, until
+from tests.wire.server import ca_file, server_tls, until
 
 _OBJECT = SourceObject("a", 1000, '"0123"')
 _GOOD = Answer(206, {"ETag": '"0123"', "Content-Range": "bytes 0-9/1000"}, b"0123456789")
@@ -51,9 +51,7 @@ def path(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str
 @pytest.fixture
 def authority(tmp_path: Path) -> str:
     """The file with the certificate of the one who vouches for the tests' servers."""
-    file = tmp_path / "authority.pem"
-    file.write_bytes(ca_pem())
-    return str(file)
+    return str(ca_file(tmp_path))
 
 
 async def _read(source: S3Source) -> bytes:

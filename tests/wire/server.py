@@ -30,7 +30,7 @@ __all__ = [
     "Script",
     "ScriptedServer",
     "answer",
-    "ca_pem",
+    "ca_file",
     "client_tls",
     "closing",
     "pattern",
@@ -335,9 +335,11 @@ def server_tls(version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLConte
     return context
 
 
-def ca_pem() -> bytes:
-    """The certificate of whoever has signed the server's."""
-    return _certificates()[0]
+def ca_file(folder: Path) -> Path:
+    """A file with the tests' CA in it."""
+    path = folder / "ca.pem"
+    path.write_bytes(_certificates()[0])
+    return path
 
 
 def client_tls() -> ssl.SSLContext:

@@ -1,0 +1,226 @@
+"""Files on disks: written under a temporary name, made durable, renamed."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from streamload.errors import SourceError
+from streamload.save.base import Ask, Destination, NewFile
+from streamload.sources.local import path_of
+from streamload.sources.os_errors import translate_os_error
+from streamload.sources.threads import DaemonExecutor, ThreadCall
+
+__all__ = ["LocalDestination"]
+
+T = TypeVar("T")
+
+# Neither a shard file nor hidden from who looks for what takes the room; nothing else is called so.
+_PREFIX, _SUFFIX = ".", ".streamload-unfinished"
+
+# A cancelled save waits for the call that is under way, so one call must be short.
+_MAX_CALL_BYTES = 8 << 20
+
+# How long to wait for a call that hangs, on a mount that is dead perhaps.
+_GRACE_S = 10.0
+_THREAD_EXIT_S = 1.0
+
+# Some mounts know no locks.
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+# And some cannot make a folder's entries durable by themselves.
+_NO_SYNC = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+class LocalDestination(Destination):
+    """A folder of this machine, mounts included.
+
+    What is written lies under a name that no loader looks at until it is durable. That file is locked meanwhile: a
+    second save of the same name fails, and what a killed one has left is written over.
+
+    Args:
+        uri: A path, or a ``file://`` URI.
+        memory_bytes: Nothing is held here.
+        ask: Nothing is tried twice here: a disk that is full stays so.
+    """
+
+    def __init__(self, uri: str, *, memory_bytes: int, ask: Ask) -> None:
+        super().__init__(uri)
+        self._path = path_of(uri)
+        self._threads = DaemonExecutor(self.concurrency, name="streamload-write")
+
+    async def prepare(self, mine: Callable[[str], bool]) -> list[str]:
+        return await self.run(lambda: _prepare(self._path, mine), None)
+
+    async def create(self, name: str, size_bytes: int) -> NewFile:
+        file = _LocalFile(self, self._path, name, size_bytes)
+        try:
+            await self.run(file.open, name)
+        except BaseException:
+            await file.discard()
+            raise
+        return file
+
+    async def remove(self, name: str) -> None:
+        await self.run(lambda: _unlink(os.path.join(self._path, name)), name)
+
+    async def run(self, call: Callable[[], T], name: str | None) -> T:
+        """Make a call on a thread; returns or raises only when the thread has left it, unless it hangs.
+
+        Raises:
+            SourceError: What the system's error means.
+        """
+        running = ThreadCall(self._threads, call)
+        try:
+            return await running.result()
+        except asyncio.CancelledError:
+            if not running.take_back():
+                await running.left(_GRACE_S)
+            raise
+        except OSError as error:
+            if isinstance(error, SourceError):
+                raise error.locate(uri=self.uri, object=name) from None
+            raise translate_os_error(error, uri=self.uri, object=name) from error
+        except ValueError as error:  # a path with a null byte
+            raise SourceError(str(error), uri=self.uri, object=name) from error
+
+    async def aclose(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        ended = asyncio.wrap_future(self._threads.ended)
+        await asyncio.wait({ended}, timeout=_GRACE_S)
+        if self._threads.ended.done():
+            self._threads.join(_THREAD_EXIT_S)
+        else:
+            ended.cancel()
+
+
+class _LocalFile(NewFile):
+    def __init__(self, folder: LocalDestination, path: str, name: str, size_bytes: int) -> None:
+        super().__init__(name, size_bytes)
+        self._folder = folder
+        self._parent = path
+        self._final = os.path.join(path, name)
+        self._unfinished = os.path.join(path, f"{_PREFIX}{name}{_SUFFIX}")
+        self._fd: int | None = None
+        self._position = 0
+        self._published = False
+
+    def open(self) -> None:
+        """On a thread: have the file, empty and locked."""
+        while self._fd is None:
+            fd = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            try:
+                if not _lock(fd):
+                    raise SourceError("another save is writing this file")
+                # Who had it locked may have renamed or removed it meanwhile.
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(fd), os.stat(self._unfinished)):
+                        os.ftruncate(fd, 0)
+                        self._fd, fd = fd, -1
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    async def write(self, data: memoryview) -> None:
+        for start in range(0, data.nbytes, _MAX_CALL_BYTES):
+            piece = data[start : start + _MAX_CALL_BYTES]
+            await self._folder.run(lambda piece=piece: self._write(piece), self.name)  # type: ignore[misc]
+
+    def _write(self, data: memoryview) -> None:
+        assert self._fd is not None
+        while data.nbytes:
+            written = os.pwrite(self._fd, data, self._position)
+            self._position += written
+            data = data[written:]
+
+    async def finish(self) -> None:
+        if self._position != self.size_bytes:
+            raise AssertionError(f"{self._position} of {self.size_bytes} bytes were written")
+        await self._folder.run(self._finish, self.name)
+
+    def _finish(self) -> None:
+        assert self._fd is not None
+        os.fsync(self._fd)
+
+    async def publish(self) -> None:
+        await self._folder.run(self._publish, self.name)
+
+    def _publish(self) -> None:
+        os.rename(self._unfinished, self._final)
+        self._published = True
+        self._close()
+        _sync_folder(self._parent)
+
+    async def discard(self) -> None:
+        await self._folder.run(self._discard, self.name)
+
+    def _discard(self) -> None:
+        if self._published:
+            self._published = False
+            _unlink(self._final)
+        elif self._fd is not None:
+            # Before it is unlocked: afterwards it may be another save's.
+            _unlink(self._unfinished)
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+def _prepare(path: str, mine: Callable[[str], bool]) -> list[str]:
+    os.makedirs(path, exist_ok=True)
+    there: list[str] = []
+    for name in sorted(os.listdir(path)):
+        if mine(name):
+            there.append(name)
+        elif name.startswith(_PREFIX) and name.endswith(_SUFFIX) and mine(name[len(_PREFIX) : -len(_SUFFIX)]):
+            _remove_unlocked(os.path.join(path, name))
+    return there
+
+
+def _remove_unlocked(path: str) -> None:
+    """Remove what an interrupted save has left; what another one is writing stays."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if _lock(fd):
+            _unlink(path)
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    """Lock an open file; whether nobody else had. The kernel ends the lock with the process."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _unlink(path: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _sync_folder(path: str) -> None:
+    """Make a rename durable, where the file system can."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(fd)

@@ -52,8 +52,8 @@ def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream
     The load runs on a thread of its own: a consumer that blocks its event loop does not stop the network.
 
     Args:
-        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix`` or ``s3://bucket/key.safetensors``; with
-            ``runai+`` before the scheme, read by Run:ai's engine.
+        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix``, ``hf://org/model``, ``https://host/folder``,
+            or a file in one of these; with ``runai+`` before the scheme, read by Run:ai's engine where that can.
         **options: The fields of `LoadOptions`.
 
     Raises:

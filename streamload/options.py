@@ -212,6 +212,7 @@ class LoadOptions:
 
     def _check_ranks(self) -> None:
         _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
+        _check_integer("pp_size", self.pp_size, 1)
         if self.pattern is not None:
             _check(isinstance(self.pattern, str), "pattern", self.pattern, "the name of a file, with fields in braces")
         if isinstance(self.placements, Mapping):
@@ -395,17 +396,11 @@ def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def _warn_of_misspelt(environment: Mapping[str, str]) -> None:
-    names = [name.upper() for name in _FROM_ENVIRONMENT]
-    for variable in environment:
-        name = variable.removeprefix(_PREFIX)
-        if name != variable and name not in names and (alike := get_close_matches(name.upper(), names, 1, _ALIKE)):
-            _logger.warning("%s is no option, and is ignored: is %s meant?", variable, _PREFIX + alike[0])
-
-
 def _find_rank(values: dict[str, Any], origins: dict[str, str], environment: Mapping[str, str]) -> None:
     """Fill in what torchrun tells a process of its rank."""
-    names = {"rank": "RANK"} if "world_size" in values else {"rank": "RANK", "world_size": "WORLD_SIZE"}
+    names = {"rank": "RANK"}
+    if values.get("world_size") is None:
+        names["world_size"] = "WORLD_SIZE"
     if values.get("device") == "cuda":
         names["device"] = "LOCAL_RANK"
     for name, variable in names.items():
@@ -433,6 +428,14 @@ def _all_ranks(ranks: Ranks) -> tuple[Ranks, ...]:
         for tp in range(ranks.tp_size)
         for ep in ((tp,) if same else range(ranks.ep_size))
     )
+
+
+def _warn_of_misspelt(environment: Mapping[str, str]) -> None:
+    names = [name.upper() for name in _FROM_ENVIRONMENT]
+    for variable in environment:
+        name = variable.removeprefix(_PREFIX)
+        if name != variable and name not in names and (alike := get_close_matches(name.upper(), names, 1, _ALIKE)):
+            _logger.warning("%s is no option, and is ignored: is %s meant?", variable, _PREFIX + alike[0])
 
 
 def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:

@@ -182,6 +182,7 @@ class TestRanks:
         assert resolve({"rank": "auto"}, environment)[0].device == "cpu"
         assert resolve({}, environment | {"STREAMLOAD_RANK": "auto"})[0].rank == 3
         assert resolve({"rank": "auto", "world_size": 4}, environment)[0].world_size == 4
+        assert resolve({"rank": "auto", "world_size": None}, environment)[0].world_size == 8
         assert resolve({}, environment)[0].rank is None
         with pytest.raises(OptionError, match="WORLD_SIZE, which is not set"):
             resolve({"rank": "auto"}, {"RANK": "3"})

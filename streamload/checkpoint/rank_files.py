@@ -1,8 +1,8 @@
 """The names of a pre-sharded checkpoint's files: which of them are one rank's. No I/O.
 
-A pattern is text with fields in braces: ``rank`` is the rank among all, ``tp_rank`` the one among those that share each
-layer (tensor parallelism), ``pp_rank`` the pipeline stage; ``part`` counts a rank's files. ``{{`` and ``}}`` are
-braces.
+A pattern is text with fields in braces: ``tp_rank`` is the rank among those that share each layer (tensor parallelism),
+and ``rank`` is another name for it, as in vLLM; ``pp_rank`` is the pipeline stage; ``part`` counts a rank's files. ``{{``
+and ``}}`` are braces.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 from string import Formatter
 
 from streamload.checkpoint.index import SHARD_SUFFIX
-from streamload.checkpoint.manifest import manifest_name
+from streamload.checkpoint.manifest import is_manifest, manifest_name, manifested_key
 from streamload.checkpoint.text import brief
 from streamload.errors import CheckpointError, OptionError
 
@@ -62,13 +62,15 @@ class RankFiles:
             raise OptionError(f"world_size={self.world_size} ranks cannot be pp_size={self.pp_size} stages of one size")
         _check_number("rank", self.rank, 0, self.world_size - 1)
         told = {field for _, field in _parse(self.effective_pattern)}
-        if self.world_size > 1 and "rank" not in told:
-            needed = {name for name, size in (("tp_rank", self.tp_size), ("pp_rank", self.pp_size)) if size > 1}
-            if not needed <= told:
-                missing = " and ".join(f"{{{name}}}" for name in sorted(needed - told))
-                raise OptionError(
-                    f"pattern={brief(self.effective_pattern)} cannot tell ranks apart: it needs {{rank}}, or {missing}"
-                )
+        missing = []
+        if self.pp_size > 1 and "pp_rank" not in told:
+            missing.append("{pp_rank}")
+        if self.tp_size > 1 and not told & {"rank", "tp_rank"}:
+            missing.append("{tp_rank}")
+        if missing:
+            raise OptionError(
+                f"pattern={brief(self.effective_pattern)} cannot tell ranks apart: it needs {' and '.join(missing)}"
+            )
 
     @property
     def effective_pattern(self) -> str:
@@ -117,6 +119,16 @@ class RankFiles:
         """Whether a file is one of this rank's."""
         return self._expression().fullmatch(key) is not None
 
+    def in_order(self, keys: Iterable[str]) -> list[str]:
+        """This rank's files among others, in the order of their parts."""
+        found = ((self._expression().fullmatch(key), key) for key in keys)
+        parts = ((int(match.groupdict().get("part", "0")), key) for match, key in found if match is not None)
+        return [key for _, key in sorted(parts)]
+
+    def is_manifest_of_mine(self, key: str) -> bool:
+        """Whether a file is called as manifests are that tell of this rank's files and of no other's."""
+        return key == self.manifest or (is_manifest(key) and self.is_mine(manifested_key(key)))
+
     def choose(self, keys: Sequence[str]) -> tuple[str, ...] | None:
         """Say which files are this rank's, where the checkpoint is a pre-sharded one.
 
@@ -130,8 +142,8 @@ class RankFiles:
 
         Raises:
             CheckpointError: There are files of other ranks and none of this one; files of ranks that there should not
-                be, since the checkpoint was made for more of them; a part is missing, or there twice; or a pattern was
-                given and nothing matches it.
+                be, since the checkpoint was made for more of them; a part is missing between others, or, under vLLM's
+                names, before them; a part is there twice; or a pattern was given and nothing matches it.
         """
         ranks = list(_ranks(self.effective_pattern, keys))
         if not ranks and self.pattern is None:
@@ -143,7 +155,7 @@ class RankFiles:
             raise CheckpointError(
                 f"no file is called {wanted}, as pattern={brief(self.pattern)} says; there is {there}"
             )
-        limits = {"rank": self.world_size, "tp_rank": self.tp_size, "pp_rank": self.pp_size}
+        limits = {"rank": self.tp_size, "tp_rank": self.tp_size, "pp_rank": self.pp_size}
         for key, numbers in ranks:
             for field, number in numbers.items():
                 if number >= limits[field]:
@@ -170,6 +182,11 @@ class RankFiles:
                 raise CheckpointError(f"part {part} of rank {self.rank} is there twice: {twice}")
             parts[part] = key
         numbers = sorted(parts)
+        # Under vLLM's names, which begin at 0; a user's own may count from anywhere.
+        if numbers and numbers[0] and self.pattern is None:
+            raise CheckpointError(
+                f"part 0 of rank {self.rank} is missing: the first that is there is {brief(parts[numbers[0]])}"
+            )
         for number, following in pairwise(numbers):
             if following != number + 1:
                 raise CheckpointError(
@@ -188,7 +205,7 @@ class RankFiles:
             )
 
     def _values(self) -> dict[str, str]:
-        return {"rank": str(self.rank), "tp_rank": str(self.tp_rank), "pp_rank": str(self.pp_rank)}
+        return {"rank": str(self.tp_rank), "tp_rank": str(self.tp_rank), "pp_rank": str(self.pp_rank)}
 
     def _filled(self, part: str) -> str:
         values = self._values() | {"part": part}
@@ -210,10 +227,16 @@ def without_rank_files(keys: Sequence[str]) -> tuple[str, ...]:
         The keys; where several ranks have files under vLLM's patterns, those are left out.
 
     Raises:
-        CheckpointError: There is nothing else: the checkpoint is pre-sharded, and it takes a rank to load it.
+        CheckpointError: There is nothing else: the checkpoint is pre-sharded, and it takes a rank to load it; or there
+            are one rank's files, and a part of them is missing.
     """
     for pattern in (RANK_PATTERN, PIPELINE_PATTERN):
         ranks = {tuple(numbers.values()): key for key, numbers in _ranks(pattern, keys)}
+        if len(ranks) == 1:
+            ((*stage, rank),) = ranks
+            # As many stages and ranks as it takes for this one to be among them.
+            stages = stage[0] + 2 if stage else 1
+            RankFiles(rank + sum(stage) * (rank + 1), stages * (rank + 1), stages)._parts(keys)
         if len(ranks) < 2:
             continue
         match = _expression(pattern, {}).fullmatch

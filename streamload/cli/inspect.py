@@ -32,8 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="show the reads that a load would make")
     arguments.add_json(parser)
     arguments.add_reading(parser)
-    arguments.add_memory(parser)
     arguments.add_hub(parser)
+    arguments.add_memory(parser)
 
 
 def run(given: argparse.Namespace, signals: Signals) -> int:

@@ -18,8 +18,8 @@ class OrderedDigest:
     """Sums up an object from its first byte to its last, and compares.
 
     A digest, unlike a CRC, cannot be combined from those of parts. So whoever brings a part waits until all before it
-    were summed up. As reads are begun in the order of their bytes, the one that the others wait for is under way
-    itself, and waits for nobody.
+    were summed up. As reads are begun, and lent memory, in the order of their bytes, the one that the others wait for
+    is under way itself, and waits for nobody.
 
     Args:
         expected: What the object's SHA-256 has to be.

@@ -86,9 +86,9 @@ class _Digested:
 
 
 def _in_order(reads: Sequence[Read], start: int, end: int) -> bool:
-    """Whether reads are all of a range, one behind the other."""
+    """Whether reads bring all of a range, one behind the other. What is in a gap need not be brought."""
     for read in reads:
-        if read.start != start:
+        if read.start != start or read.gap_bytes:
             return False
         start = read.end
     return start == end

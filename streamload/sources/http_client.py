@@ -24,7 +24,7 @@ _MOST_REDIRECTS = 5
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 # What may stand in an address as it is; all else is escaped. A percent sign is the beginning of an escape already.
-_SAFE = "%/:;=@!$&'()*+,~?[]"
+_SAFE = "%/:;=@!$&'()*+,~?#[]"
 
 # What a request says by itself; somebody else's idea of it would make the answer another one than was asked for.
 _OURS = frozenset(

@@ -40,7 +40,7 @@ def test_every_rank_gets_its_own_files_and_no_others(pattern: str, world: tuple[
     for files, of_rank in zip(ranks, names, strict=True):
         assert files.choose(everything) == tuple(of_rank)
         assert all(files.is_mine(name) == (name in of_rank) for name in everything)
-        expected = pattern.format(rank=files.rank, tp_rank=files.tp_rank, pp_rank=files.pp_rank, part=0)
+        expected = pattern.format(rank=files.tp_rank, tp_rank=files.tp_rank, pp_rank=files.pp_rank, part=0)
         assert of_rank[0] == expected
         for name in everything:
             assert (files.manifest in manifest_names(name)) == (name in of_rank)
@@ -51,6 +51,8 @@ def test_vllms_names() -> None:
     with_stages = RankFiles(5, 8, pp_size=2)
     assert with_stages.name(0) == "model-pp-1-tp-1-part-0.safetensors"
     assert with_stages.manifest == "streamload-manifest-model-pp-1-tp-1-part-all.json"
+    # With a pattern, vLLM counts {rank} within a stage.
+    assert RankFiles(5, 8, pp_size=2, pattern="{pp_rank}.{rank}.safetensors").name(0) == "1.1.safetensors"
 
 
 def test_rank_1_gets_nothing_of_rank_11() -> None:
@@ -61,6 +63,13 @@ def test_rank_1_gets_nothing_of_rank_11() -> None:
     for other in ("xmodel-rank-1-part-0.safetensors", "model-rank-01-part-0.safetensors", f"{expected[0]}~"):
         assert not RankFiles(1, 112).is_mine(other)
     assert not RankFiles(1, 2, pattern="p{part}of{rank}.safetensors").is_mine("p²of1.safetensors")
+
+
+def test_a_name_may_begin_with_a_field() -> None:
+    files = RankFiles(1, 2, pattern="{rank}.safetensors")
+    assert files.choose(["0.safetensors", "1.safetensors", ".safetensors"]) == ("1.safetensors",)
+    with pytest.raises(OptionError, match="is no plain name of a file"):
+        RankFiles(1, 2, pattern=".hidden-{rank}.safetensors")
 
 
 def test_a_pattern_without_parts_is_for_one_file() -> None:
@@ -75,10 +84,12 @@ def test_a_pattern_without_parts_is_for_one_file() -> None:
 @pytest.mark.parametrize(
     ("given_", "cause"),
     [
-        ({"pattern": "model-{part}.safetensors"}, "cannot tell ranks apart: it needs {rank}, or {tp_rank}"),
+        ({"pattern": "model-{part}.safetensors"}, "cannot tell ranks apart: it needs {tp_rank}"),
         ({"pattern": "{{rank}}.safetensors"}, "cannot tell ranks apart"),
-        ({"pattern": "m-{pp_rank}.safetensors"}, "cannot tell ranks apart: it needs {rank}, or {tp_rank}"),
-        ({"pattern": "m-{tp_rank}-{part}.safetensors", "pp_size": 2}, "it needs {rank}, or {pp_rank}"),
+        ({"pattern": "m-{pp_rank}.safetensors"}, "cannot tell ranks apart: it needs {tp_rank}"),
+        ({"pattern": "m-{tp_rank}-{part}.safetensors", "pp_size": 2}, "it needs {pp_rank}"),
+        ({"pattern": "m-{rank}-{part}.safetensors", "pp_size": 2}, "it needs {pp_rank}"),
+        ({"pattern": "m-{part}.safetensors", "pp_size": 2}, "it needs {pp_rank} and {tp_rank}"),
         ({"pattern": "{rank}{part}.safetensors"}, "two fields with nothing between them"),
         ({"pattern": "{part}0{rank}.safetensors"}, "a field next to a digit"),
         ({"pattern": "m-{rank}-{part}0.safetensors"}, "a field next to a digit"),
@@ -117,6 +128,8 @@ def test_missing_and_repeated_parts_are_errors() -> None:
         RankFiles(0, 2, pattern=pattern).choose(keys)
     with pytest.raises(CheckpointError, match=r"part 1 of rank 1 is there twice: \['r1-01.*', 'r1-1.*'\]"):
         RankFiles(1, 2, pattern=pattern).choose(keys)
+    with pytest.raises(CheckpointError, match="part 0 of rank 1 is missing: the first that is there is 'model-ra"):
+        RankFiles(1, 2).choose([*rank_keys(1), *rank_keys(2, parts=3)[4:]])
     # A user's own may count from anywhere.
     from_7 = ("r0-7.safetensors", "r0-8.safetensors")
     assert RankFiles(0, 2, pattern=pattern).choose(from_7) == from_7
@@ -176,6 +189,13 @@ def test_who_names_no_rank_gets_the_ordinary_files() -> None:
     assert without_rank_files([*rank_keys(2), "model.safetensors"]) == ("model.safetensors",)
     # One rank's are a whole checkpoint.
     assert without_rank_files(rank_keys(1)) == tuple(rank_keys(1))
+    with pytest.raises(CheckpointError, match="part 0 of rank 0 is missing"):
+        without_rank_files(rank_keys(1)[1:])
+    for rank in range(6):
+        names = [RankFiles(rank, 6, pp_size=3).name(part) for part in range(3)]
+        assert without_rank_files(names) == tuple(names)
+        with pytest.raises(CheckpointError, match=r"part 1 of rank \d+ is missing"):
+            without_rank_files([names[0], names[2]])
     with pytest.raises(CheckpointError, match=r"each file is one rank's \(2 ranks, .*: give rank and world_size$"):
         without_rank_files([*rank_keys(2), "config.json"])
     with pytest.raises(CheckpointError, match="give rank and world_size and pp_size"):

@@ -32,7 +32,7 @@ from streamload.sources import SourceObject, open_source
 from streamload.sources.local import LocalSource
 from streamload.sources.runai import RunaiFileSource, RunaiObjectSource, RunaiSource
 from streamload.sources.runai_engine import Engine, EngineRead
-from streamload.sources.runai_settings import Setup
+from streamload.sources.runai_settings import RunaiSettings, Setup
 from streamload.sources.runai_versions import Versions
 from streamload.sources.s3 import S3Source
 from tests.checkpoints import read_with_safetensors, same_tensor, varied_tensors, write_sharded
@@ -139,6 +139,10 @@ class TestWhichSource:
     def test_what_the_engine_cannot_say_to_s3_is_refused(self, query: str) -> None:
         with pytest.raises(OptionError, match="no versions, access points"):
             open_source(f"runai+s3://bucket/{_KEY}?{query}")
+
+    def test_it_does_not_ask_without_credentials(self) -> None:
+        with pytest.raises(OptionError, match="with credentials only"):
+            open_source(f"runai+s3://bucket/{_KEY}", s3_anonymous=True)
 
     def test_a_scheme_that_it_does_not_read(self) -> None:
         with pytest.raises(OptionError, match="does not read ftp://"):
@@ -491,7 +495,7 @@ class TestSettings:
 
     def test_for_s3(self) -> None:
         secret = (("secret_access_key", "very-secret"),)
-        setup = Setup.of("s3"(request_timeout_s=3.5), concurrency=4, virtual=False, credentials=secret)
+        setup = Setup.of("s3", RunaiSettings(request_timeout_s=3.5), concurrency=4, virtual=False, credentials=secret)
         assert dict(setup.variables) == {
             "RUNAI_STREAMER_CONCURRENCY": "4",
             "RUNAI_STREAMER_OBJ_CONCURRENCY": "4",
@@ -500,7 +504,7 @@ class TestSettings:
             "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
         }
         assert "very-secret" not in repr(setup)
-        chosen = Setup.of("s3"(virtual_addressing=True), virtual=False)
+        chosen = Setup.of("s3", RunaiSettings(virtual_addressing=True), virtual=False)
         assert dict(chosen.variables)["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] == "1"
 
     def test_sources_with_other_settings_read_at_the_same_time(

@@ -93,8 +93,8 @@ class LoadOptions:
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
         verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
             as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
-            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub keeps of a file, which makes
-            reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub or an S3 store keeps of a file,
+            which makes reads wait for each other; so does ``"require"`` where nothing else vouches for it.
         source: What serves the URI: ``"runai"``, or the scheme of any other source; None: the URI's own scheme.
         s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
         runai_chunk_bytes: How large the requests of Run:ai's engine are, in bytes. None: the engine's choice.

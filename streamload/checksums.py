@@ -20,6 +20,7 @@ __all__ = [
     "PartChecksums",
     "PartialChecksum",
     "RunningChecksum",
+    "Sha256",
     "combined",
 ]
 
@@ -74,6 +75,19 @@ class PartChecksums:
     algorithm: Algorithm
     ends: tuple[int, ...]
     values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sha256:
+    """What a store says the SHA-256 of an object's content is, or of each of the parts that it was uploaded in.
+
+    Attributes:
+        ends: Where each part ends in the object; the last one's end is the object's size.
+        digests: The parts' SHA-256, 32 bytes each.
+    """
+
+    ends: tuple[int, ...]
+    digests: tuple[bytes, ...]
 
 
 class RunningChecksum:

@@ -93,8 +93,8 @@ class LoadOptions:
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
         verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
             as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
-            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub keeps of a file, which makes
-            reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub or an S3 store keeps of a file,
+            which makes reads wait for each other; so does ``"require"`` where nothing else vouches for it.
         source: What serves the URI: ``"runai"``, or the scheme of any other source; None: the URI's own scheme.
         s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
         runai_chunk_bytes: How large the requests of Run:ai's engine are, in bytes. None: the engine's choice.
@@ -377,11 +377,13 @@ def resolve(
         options = LoadOptions(**values)
     except OptionError as error:
         # Every refusal of a value begins with the option's name.
-        origin = origins.get(error.cause.partition("=")[0], "")
+        name = error.cause.partition("=")[0]
+        origin = origins.get(name, "")
         variable = origin.removeprefix("environment (").removesuffix(")")
         if variable == origin:
             raise
-        raise OptionError(f"{variable}={environment[variable]!r}: {error.cause}") from None
+        shown = "" if name in _HIDDEN else f"={environment[variable]!r}"
+        raise OptionError(f"{variable}{shown}: {error.cause}") from None
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from streamload.checkpoint import (
     MAX_INDEX_BYTES,
@@ -22,7 +23,7 @@ from streamload.checkpoint import (
     shard_keys,
 )
 from streamload.checkpoint.rank_files import RankFiles, without_rank_files
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.errors import (
     CheckpointError,
     IndexFileError,
@@ -38,7 +39,18 @@ from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["Discovered", "Shards", "ask_checksums", "discover", "find_shards", "read_config", "read_header"]
+__all__ = [
+    "Discovered",
+    "Shards",
+    "ask_checksums",
+    "ask_sha256s",
+    "discover",
+    "find_shards",
+    "read_config",
+    "read_header",
+]
+
+T = TypeVar("T")
 
 # The first read of a file. Nearly all headers are shorter (the Hub's own client reads 100 kB and finds 97 % of them
 # whole), and on an object store so much costs hardly more than a byte.
@@ -218,17 +230,36 @@ async def ask_checksums(
         ObjectChangedError: An object is not the version that was listed.
         TransientError: The source failed again and again.
     """
+    found = await _ask_each(fetcher, objects, concurrency, fetcher.source.checksum, "checksum")
+    return {key: checksum or NOT_KEPT for key, checksum in found.items()}
+
+
+async def ask_sha256s(
+    fetcher: Fetcher, objects: Iterable[SourceObject], concurrency: int
+) -> dict[str, bytes | Sha256 | str]:
+    """The same for what the source keeps as their SHA-256; objects of which it keeps none are left out."""
+    found = await _ask_each(fetcher, objects, concurrency, fetcher.source.sha256, "SHA-256")
+    return {key: sha256 for key, sha256 in found.items() if sha256 is not None}
+
+
+async def _ask_each(
+    fetcher: Fetcher,
+    objects: Iterable[SourceObject],
+    concurrency: int,
+    call: Callable[[SourceObject], Awaitable[T]],
+    what: str,
+) -> dict[str, T | str]:
+    """An answer for each object, or why there is none."""
     slots = asyncio.Semaphore(concurrency)
 
-    async def ask(object: SourceObject) -> Checksum | PartChecksums | str:
+    async def ask(object: SourceObject) -> T | str:
         async with slots:
             try:
-                found = await fetcher.ask(lambda: fetcher.source.checksum(object), key=object.key)
+                return await fetcher.ask(lambda: call(object), key=object.key)
             except (ObjectChangedError, TransientError):
                 raise
             except SourceError as error:
-                return f"its checksum could not be had: {error.cause}"
-        return found or NOT_KEPT
+                return f"its {what} could not be had: {error.cause}"
 
     async with asyncio.TaskGroup() as group:
         tasks = {object.key: group.create_task(ask(object)) for object in objects}

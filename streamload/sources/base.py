@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Self
 
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.loan import Loan
 from streamload.uris import scrub_uri
 
@@ -143,8 +143,10 @@ class Source(ABC):
         """
         return None
 
-    async def sha256(self, object: SourceObject) -> bytes | None:
+    async def sha256(self, object: SourceObject) -> bytes | Sha256 | None:
         """The SHA-256 of an object's content, at its pinned version; None where the store does not keep it.
+
+        It is that of the whole object, or those of the parts that the object was uploaded in.
 
         Raises:
             SourceError: It cannot be had.

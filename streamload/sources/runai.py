@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.errors import (
     MissingDependencyError,
     OptionError,
@@ -106,6 +106,9 @@ class RunaiSource(Source):
 
     async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
         return await self._own.checksum(object)
+
+    async def sha256(self, object: SourceObject) -> bytes | Sha256 | None:
+        return await self._own.sha256(object)
 
     async def describe(self) -> dict[str, str]:
         return {"reads": "by Run:ai's engine", **await self._own.describe()}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.errors import (
     CredentialsError,
     NotFoundError,
@@ -155,25 +156,47 @@ class S3Source(Source):
                 raise error.locate(uri=self.uri, object=object.key, start=start, end=end) from None
 
     async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
-        from streamload.sources.s3_checksums import composite_of, part_checksums, whole_checksum
+        from streamload.sources.s3_checksums import composite_of, part_checksums, sha256_of, whole_checksum
 
+        async with self._asking(object) as client:
+            answer = await self._head_with_checksums(client, object)
+            composite = composite_of(answer)
+            if composite is not None:
+                return part_checksums(*composite, await self._list_parts(client, object), object.size_bytes)
+            whole = whole_checksum(answer)
+            if whole is None and sha256_of(answer) is not None:
+                raise SourceError("the store keeps a SHA-256 instead, which is compared with verify='sha256' only")
+            return whole
+
+    async def sha256(self, object: SourceObject) -> bytes | Sha256 | None:
+        from streamload.sources.s3_checksums import part_sha256s, sha256_of, whole_sha256
+
+        async with self._asking(object) as client:
+            text = sha256_of(await self._head_with_checksums(client, object))
+            if text is None:
+                return None
+            if "-" not in text:
+                return whole_sha256(text)
+            return part_sha256s(text, await self._list_parts(client, object), object.size_bytes)
+
+    @asynccontextmanager
+    async def _asking(self, object: SourceObject) -> AsyncIterator[S3Client]:
+        """The client, for questions about an object; errors are located."""
         check_key(object.key, uri=self.uri)
         async with self._operations.running():
             try:
-                client = await self._open()
-                answer = await client.call(
-                    "head_object",
-                    version=object.version,
-                    Key=self._place.prefix + object.key,
-                    IfMatch=object.version,
-                    ChecksumMode="ENABLED",
-                )
-                composite = composite_of(answer)
-                if composite is None:
-                    return whole_checksum(answer)
-                return part_checksums(*composite, await self._list_parts(client, object), object.size_bytes)
+                yield await self._open()
             except SourceError as error:
                 raise error.locate(uri=self.uri, object=object.key) from None
+
+    async def _head_with_checksums(self, client: S3Client, object: SourceObject) -> dict[str, Any]:
+        return await client.call(
+            "head_object",
+            version=object.version,
+            Key=self._place.prefix + object.key,
+            IfMatch=object.version,
+            ChecksumMode="ENABLED",
+        )
 
     async def describe(self) -> dict[str, str]:
         async with self._operations.running():

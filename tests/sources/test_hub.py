@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import threading
@@ -194,21 +195,31 @@ class TestFiles:
 
 
 class TestAddresses:
-    def test_the_token_goes_to_the_hub_only(
-        self, hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    def test_the_token_goes_to_the_hub_only_and_is_never_shown(
+        self,
+        hub: Hub,
+        repository: Repository,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         hub.tokens = repository.members = {"hf_secret"}
         repository.private = True
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        caplog.set_level(logging.DEBUG)
+        shown: list[object] = []
 
         async def body(source: HubSource) -> None:
             assert await read(source) == CONTENT[100:300]
-            assert (await source.describe())["token"] == "found"
+            facts = await source.describe()
+            assert facts["token"] == "found"
+            shown.extend([source, facts, await source._open(), (await source._open()).snapshot])
 
         run(body)
-        assert {seen.headers["authorization"] for seen in hub.hub.seen} == {"Bearer hf_secret"}
+        asked = [seen.headers["authorization"] for seen in hub.hub.seen if "org/model" in seen.path]
+        assert set(asked) == {"Bearer hf_secret"}
         assert hub.store.seen
         assert not any("authorization" in seen.headers for seen in hub.store.seen)
+        assert "secret" not in repr(shown) + caplog.text
 
     def test_an_address_is_found_once_and_again_when_it_expires(self, hub: Hub, repository: Repository) -> None:
         async def body(source: HubSource) -> None:

@@ -29,7 +29,7 @@ _MAY_IMPORT = {
     # The two contracts, and no concrete source or sink.
     "pipeline": {*_BOTTOM, "checkpoint", "plan", "report", "sources.base", "sinks.base"},
     # A file's layout and checksums are the checkpoint's; S3 is asked as it is for reading.
-    "save": {*_BOTTOM, "checkpoint", "plan", "sources", "sinks.dtypes"},
+    "save": {*_BOTTOM, "checkpoint", "plan", "sources", "shared_memory", "sinks.dtypes"},
     "integrations": {""},
     # Sizes are read and written on the command line as they are in messages.
     "cli": {"", "units"},

@@ -94,7 +94,7 @@ def test_pre_sharded_wins_where_a_rank_is_given(tmp_path: Path) -> None:
         ({"rank": 0, "world_size": 0}, "world_size=0 is not a whole number of at least 1"),
         ({"pattern": "{rank}.safetensors"}, "pattern is given without a rank"),
         ({"rank": 0, "world_size": 2, "pattern": "{part}.safetensors"}, "cannot tell ranks apart"),
-        ({"rank": 0, "world_size": 4, "pp_size": 2, "pattern": "{tp_rank}.safetensors"}, "or {pp_rank}"),
+        ({"rank": 0, "world_size": 4, "pp_size": 2, "pattern": "{tp_rank}.safetensors"}, "it needs {pp_rank}"),
         ({"rank": 0, "world_size": 2, "pattern": 3}, "pattern=3 is not the name of a file"),
         ({"rank": "auto"}, "rank='auto' takes rank from RANK, which is not set"),
     ],

@@ -1,8 +1,8 @@
 """The names of a pre-sharded checkpoint's files: which of them are one rank's. No I/O.
 
-A pattern is text with fields in braces: ``rank`` is the rank among all, ``tp_rank`` the one among those that share each
-layer (tensor parallelism), ``pp_rank`` the pipeline stage; ``part`` counts a rank's files. ``{{`` and ``}}`` are
-braces.
+A pattern is text with fields in braces: ``tp_rank`` is the rank among those that share each layer (tensor parallelism),
+and ``rank`` is another name for it, as in vLLM; ``pp_rank`` is the pipeline stage; ``part`` counts a rank's files. ``{{``
+and ``}}`` are braces.
 """
 
 from __future__ import annotations
@@ -62,13 +62,15 @@ class RankFiles:
             raise OptionError(f"world_size={self.world_size} ranks cannot be pp_size={self.pp_size} stages of one size")
         _check_number("rank", self.rank, 0, self.world_size - 1)
         told = {field for _, field in _parse(self.effective_pattern)}
-        if self.world_size > 1 and "rank" not in told:
-            needed = {name for name, size in (("tp_rank", self.tp_size), ("pp_rank", self.pp_size)) if size > 1}
-            if not needed <= told:
-                missing = " and ".join(f"{{{name}}}" for name in sorted(needed - told))
-                raise OptionError(
-                    f"pattern={brief(self.effective_pattern)} cannot tell ranks apart: it needs {{rank}}, or {missing}"
-                )
+        missing = []
+        if self.pp_size > 1 and "pp_rank" not in told:
+            missing.append("{pp_rank}")
+        if self.tp_size > 1 and not told & {"rank", "tp_rank"}:
+            missing.append("{tp_rank}")
+        if missing:
+            raise OptionError(
+                f"pattern={brief(self.effective_pattern)} cannot tell ranks apart: it needs {' and '.join(missing)}"
+            )
 
     @property
     def effective_pattern(self) -> str:
@@ -153,7 +155,7 @@ class RankFiles:
             raise CheckpointError(
                 f"no file is called {wanted}, as pattern={brief(self.pattern)} says; there is {there}"
             )
-        limits = {"rank": self.world_size, "tp_rank": self.tp_size, "pp_rank": self.pp_size}
+        limits = {"rank": self.tp_size, "tp_rank": self.tp_size, "pp_rank": self.pp_size}
         for key, numbers in ranks:
             for field, number in numbers.items():
                 if number >= limits[field]:
@@ -203,7 +205,7 @@ class RankFiles:
             )
 
     def _values(self) -> dict[str, str]:
-        return {"rank": str(self.rank), "tp_rank": str(self.tp_rank), "pp_rank": str(self.pp_rank)}
+        return {"rank": str(self.tp_rank), "tp_rank": str(self.tp_rank), "pp_rank": str(self.pp_rank)}
 
     def _filled(self, part: str) -> str:
         values = self._values() | {"part": part}

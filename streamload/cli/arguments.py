@@ -17,6 +17,7 @@ __all__ = [
     "add_loading",
     "add_memory",
     "add_reading",
+    "add_sharding",
     "add_uri",
     "add_whole",
     "options_of",
@@ -50,12 +51,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which tensors are read, and how."""
     group = _group(parser, "what is read, and how")
-    group.add_argument(
-        "--include", nargs="+", action="extend", metavar="GLOB", help="only tensors whose names match one of these"
-    )
-    group.add_argument(
-        "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
-    )
+    _add_globs(group)
     _add_reads(group)
     _add_ranks(parser)
 
@@ -65,6 +61,24 @@ def add_whole(parser: argparse.ArgumentParser) -> None:
     group = _group(parser, "how it is read")
     _add_memory(group)
     _add_reads(group)
+
+
+def _add_globs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--include", nargs="+", action="extend", metavar="GLOB", help="only tensors whose names match one of these"
+    )
+    group.add_argument(
+        "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
+    )
+
+
+def _add_verify(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--verify",
+        choices=("auto", "off", "require", "sha256"),
+        help="check content against a manifest and the source's checksums, do not, fail where something has neither, "
+        "or compare the SHA-256 that the Hub keeps, too",
+    )
 
 
 def _add_reads(group: argparse._ArgumentGroup) -> None:
@@ -92,6 +106,37 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pp-size", type=int, metavar="N", help="so many pipeline stages have a range of the layers each (default 1)"
     )
+    _add_placements(group)
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="what the files of a pre-sharded checkpoint are called, over {rank}, {tp_rank}, {pp_rank} and {part}; "
+        "vLLM's names if not given",
+    )
+
+
+def add_sharding(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a checkpoint is converted to."""
+    group = _group(parser, "what is made")
+    group.add_argument("--tp", type=int, required=True, metavar="N", help="how many ranks share each layer")
+    group.add_argument("--pp", type=int, default=1, metavar="N", help="how many pipeline stages there are (default 1)")
+    group.add_argument(
+        "--max-file-bytes",
+        type=_nbytes,
+        metavar="N",
+        help="how many bytes of tensors a file may hold, such as 2GiB (default 5GiB)",
+    )
+    _add_placements(group)
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="what the files are called, over {rank}, {tp_rank}, {pp_rank} and {part}; vLLM's names if not given",
+    )
+    _add_globs(group)
+    _add_verify(group)
+
+
+def _add_placements(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--expert-parallel",
         action=argparse.BooleanOptionalAction,
@@ -106,12 +151,6 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--uneven", choices=("error", "ceil"), help="what to do where a size is not a multiple of the number of ranks"
-    )
-    group.add_argument(
-        "--pattern",
-        metavar="NAME",
-        help="what the files of a pre-sharded checkpoint are called, over {rank}, {tp_rank}, {pp_rank} and {part}; "
-        "vLLM's names if not given",
     )
 
 
@@ -153,12 +192,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--order", choices=("completion", "file"), help="hand tensors out as they are complete, or as they lie in files"
     )
-    group.add_argument(
-        "--verify",
-        choices=("auto", "off", "require", "sha256"),
-        help="check content against a manifest and the source's checksums, do not, fail where something has neither, "
-        "or compare the SHA-256 that the Hub keeps, too",
-    )
+    _add_verify(group)
 
 
 def options_of(arguments: argparse.Namespace) -> streamload.Options:

@@ -30,7 +30,7 @@ from streamload.sources.threads import DaemonExecutor, ThreadCall
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Written", "split", "write_sharded"]
+__all__ = ["METADATA", "Written", "split", "write_sharded"]
 
 _log = logging.getLogger("streamload.save")
 
@@ -41,7 +41,7 @@ _PIECE_BYTES = 8 << 20
 _GRACE_S = 10.0
 
 # As vLLM's own files, and what transformers asks for.
-_METADATA = {"format": "pt"}
+METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ async def write_sharded(
         StreamloadError: It failed.
     """
     layouts = [
-        lay_out(names.name(part), entries, metadata=_METADATA)
+        lay_out(names.name(part), entries, metadata=METADATA)
         for part, entries in enumerate(split([describe(name, t) for name, t in tensors.items()], max_file_bytes))
     ]
     there = await destination.prepare(lambda name: names.is_mine(name) or names.is_manifest_of_mine(name))

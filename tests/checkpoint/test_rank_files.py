@@ -40,7 +40,7 @@ def test_every_rank_gets_its_own_files_and_no_others(pattern: str, world: tuple[
     for files, of_rank in zip(ranks, names, strict=True):
         assert files.choose(everything) == tuple(of_rank)
         assert all(files.is_mine(name) == (name in of_rank) for name in everything)
-        expected = pattern.format(rank=files.rank, tp_rank=files.tp_rank, pp_rank=files.pp_rank, part=0)
+        expected = pattern.format(rank=files.tp_rank, tp_rank=files.tp_rank, pp_rank=files.pp_rank, part=0)
         assert of_rank[0] == expected
         for name in everything:
             assert (files.manifest in manifest_names(name)) == (name in of_rank)
@@ -51,6 +51,8 @@ def test_vllms_names() -> None:
     with_stages = RankFiles(5, 8, pp_size=2)
     assert with_stages.name(0) == "model-pp-1-tp-1-part-0.safetensors"
     assert with_stages.manifest == "streamload-manifest-model-pp-1-tp-1-part-all.json"
+    # With a pattern, vLLM counts {rank} within a stage.
+    assert RankFiles(5, 8, pp_size=2, pattern="{pp_rank}.{rank}.safetensors").name(0) == "1.1.safetensors"
 
 
 def test_rank_1_gets_nothing_of_rank_11() -> None:
@@ -82,10 +84,12 @@ def test_a_pattern_without_parts_is_for_one_file() -> None:
 @pytest.mark.parametrize(
     ("given_", "cause"),
     [
-        ({"pattern": "model-{part}.safetensors"}, "cannot tell ranks apart: it needs {rank}, or {tp_rank}"),
+        ({"pattern": "model-{part}.safetensors"}, "cannot tell ranks apart: it needs {tp_rank}"),
         ({"pattern": "{{rank}}.safetensors"}, "cannot tell ranks apart"),
-        ({"pattern": "m-{pp_rank}.safetensors"}, "cannot tell ranks apart: it needs {rank}, or {tp_rank}"),
-        ({"pattern": "m-{tp_rank}-{part}.safetensors", "pp_size": 2}, "it needs {rank}, or {pp_rank}"),
+        ({"pattern": "m-{pp_rank}.safetensors"}, "cannot tell ranks apart: it needs {tp_rank}"),
+        ({"pattern": "m-{tp_rank}-{part}.safetensors", "pp_size": 2}, "it needs {pp_rank}"),
+        ({"pattern": "m-{rank}-{part}.safetensors", "pp_size": 2}, "it needs {pp_rank}"),
+        ({"pattern": "m-{part}.safetensors", "pp_size": 2}, "it needs {pp_rank} and {tp_rank}"),
         ({"pattern": "{rank}{part}.safetensors"}, "two fields with nothing between them"),
         ({"pattern": "{part}0{rank}.safetensors"}, "a field next to a digit"),
         ({"pattern": "m-{rank}-{part}0.safetensors"}, "a field next to a digit"),

@@ -39,7 +39,6 @@ class Source(ABC):
     Attributes:
         uri: The URI as the caller gave it, without credentials.
         scheme: The first scheme that this source serves, for reports.
-        options: The names of the options that it takes beyond ``concurrency``, as keyword arguments.
         request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
         skipped_gap_bytes: The gaps of a loan that are wider than this are passed over without reading them; None: the
             source reads all of a range.
@@ -56,7 +55,6 @@ class Source(ABC):
     """
 
     scheme: ClassVar[str]
-    options: ClassVar[frozenset[str]] = frozenset()
     request_cost_bytes: ClassVar[int]
     skipped_gap_bytes: ClassVar[int | None] = None
     read_bytes: ClassVar[int]

@@ -26,7 +26,7 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         metavar="URI",
         nargs="?" if optional else None,
         help="a directory, a .safetensors file, s3://bucket/prefix or s3://bucket/key.safetensors; runai+s3://... and "
-        "runai+file://... are read by Run:ai's engine",
+        "runai+file://..., gs:// and az:// are read by Run:ai's engine",
     )
 
 

@@ -21,7 +21,10 @@ SourceFactory: TypeAlias = Callable[..., Any]
 _BUILT_IN = {
     "file": ("streamload.sources.local", "LocalSource"),
     "s3": ("streamload.sources.s3", "S3Source"),
-    **dict.fromkeys(("runai", "runai+file", "runai+s3"), ("streamload.sources.runai", "open_runai")),
+    **dict.fromkeys(
+        ("az", "gs", "runai", "runai+az", "runai+file", "runai+gs", "runai+s3"),
+        ("streamload.sources.runai", "open_runai"),
+    ),
 }
 
 # Another package serves a scheme by naming a factory under it, in this group of entry points.

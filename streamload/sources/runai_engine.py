@@ -150,6 +150,9 @@ class Engine:
     """
 
     _current: Engine | None = None
+    # The kind of object store that this process has read. The library calls the first plugin that it has loaded,
+    # whatever it is asked for later: that fails, hangs, or worse.
+    _store: str | None = None
     _guard = threading.Lock()
 
     def __init__(self) -> None:
@@ -259,6 +262,11 @@ class Engine:
             self._flying[number] = read
 
     def _start(self, setup: Setup) -> None:
+        if setup.backend != "file":
+            if Engine._store not in (None, setup.backend):
+                read = f"and has read {Engine._store}://"
+                raise SourceError(f"Run:ai's engine reads one kind of object store in a process, {read} in this one")
+            Engine._store = setup.backend
         self._calls = _load()
         self._lifetime.enter_context(variables_set(setup.variables))
         self._streamer = self._calls.runai_start()

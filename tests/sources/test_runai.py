@@ -30,7 +30,7 @@ from streamload.errors import (
 from streamload.loan import Loan
 from streamload.sources import RunaiSettings, SourceObject, open_source
 from streamload.sources.local import LocalSource
-from streamload.sources.runai import RunaiFileSource, RunaiObjectSource, RunaiSource
+from streamload.sources.runai import RunaiBlobSource, RunaiFileSource, RunaiObjectSource, RunaiSource
 from streamload.sources.runai_engine import Engine, EngineRead
 from streamload.sources.runai_settings import Setup
 from streamload.sources.runai_versions import Versions
@@ -128,6 +128,9 @@ class TestWhichSource:
             ("/models/llama", "runai", RunaiFileSource),
             ("s3://bucket/llama", "runai", RunaiObjectSource),
             ("runai+s3://bucket/llama", "runai", RunaiObjectSource),
+            ("gs://bucket/llama", None, RunaiBlobSource),
+            ("az://container/llama", None, RunaiBlobSource),
+            ("runai+gs://bucket/llama", None, RunaiBlobSource),
         ],
     )
     def test_by_scheme_or_by_option(self, uri: str, source: str | None, kind: type[RunaiSource]) -> None:
@@ -399,6 +402,24 @@ class TestFailures:
                 assert type(error) is SourceError
                 assert "Unknown Error (code 11)" in error.cause
                 assert loan.quarantined
+
+        asyncio.run(scenario())
+
+    def test_another_kind_of_object_store(self, s3_bucket: S3Bucket, proxy: FaultProxy) -> None:
+        """Its library would call the plugin for S3."""
+
+        async def scenario() -> None:
+            async with _object_source(s3_bucket) as source:
+                (object,) = await source.list()
+                await _read(source, object, bytearray(2 * MIB))
+            engine = Engine.acquire()
+            read = EngineRead(Setup("gs"), "gs://bucket/key", 0, [memoryview(bytearray(10))])
+            engine.submit(read)
+            failure = await read.outcome()
+            assert isinstance(failure, SourceError)
+            assert "one kind of object store in a process, and has read s3://" in failure.cause
+            assert engine.release()
+            await asyncio.wrap_future(engine.ended)
 
         asyncio.run(scenario())
 

@@ -174,6 +174,7 @@ class RunaiSource(Source):
         if isinstance(failure, EngineError):
             if not failure.settled:
                 loan.quarantine()
+            self._forget_setup()
             # It names no reason; asking for the object ourselves often finds one.
             await self._versions.check(object)
             raise _translate(failure)
@@ -185,6 +186,9 @@ class RunaiSource(Source):
     async def _setup(self) -> Setup:
         """What the engine must be started with."""
         raise NotImplementedError
+
+    def _forget_setup(self) -> None:
+        """The engine has failed: what it is started with is found anew for the next read."""
 
     async def _path(self, key: str) -> str | None:
         """An object, as the engine names it; None where it has no name for it, and our own source reads it."""
@@ -214,7 +218,8 @@ class RunaiFileSource(RunaiSource):
 class RunaiObjectSource(RunaiSource):
     """Objects in S3; see `RunaiSource`.
 
-    The engine gets the endpoint, the region and the credentials that our own S3 source has found; they are not renewed.
+    The engine gets the endpoint, the region and the credentials that our own S3 source has found. It does not renew
+    them: after a failed read, those of that moment are compared, and the engine is started anew where they are others.
     """
 
     request_cost_bytes: ClassVar[int] = S3Source.request_cost_bytes
@@ -239,6 +244,9 @@ class RunaiObjectSource(RunaiSource):
                 credentials=_credentials(found),
             )
         return self._connected
+
+    def _forget_setup(self) -> None:
+        self._connected = None
 
     async def _path(self, key: str) -> str | None:
         uri = self._own.plain_uri_of(key)

@@ -150,6 +150,7 @@ class Engine:
     """
 
     _current: Engine | None = None
+    _process: int | None = None  # the one that has had an engine
     # The kind of object store that this process has read. The library calls the first plugin that it has loaded,
     # whatever it is asked for later: that fails, hangs, or worse.
     _store: str | None = None
@@ -158,11 +159,11 @@ class Engine:
     def __init__(self) -> None:
         self.ended: Future[None] = Future()
         self.ended.set_running_or_notify_cancel()  # one who waits and gives up must not cancel it for all
-        self._process = os.getpid()
         self._users = 0
         self._reads: SimpleQueue[EngineRead | None] = SimpleQueue()
         self._next: EngineRead | None = None  # taken from the queue, and not yet submitted
         self._flying: dict[int, EngineRead] = {}
+        self._unsettled: list[EngineRead] = []  # they hold memory that may be written to until the engine has ended
         self._stopped = False
         self._calls: Any = None
         self._streamer: Any = None
@@ -172,10 +173,16 @@ class Engine:
 
     @classmethod
     def acquire(cls) -> Engine:
-        """The engine, for one more user. Each call is paired with one of `release`."""
+        """The engine, for one more user. Each call that returns is paired with one of `release`.
+
+        Raises:
+            SourceError: This process was forked from one that had an engine: a child has none of its threads.
+        """
         with cls._guard:
-            # A forked child has none of its parent's threads.
-            if cls._current is None or cls._current._process != os.getpid():
+            if cls._process not in (None, os.getpid()):
+                raise SourceError("Run:ai's engine was in use before this process was forked; spawn processes instead")
+            cls._process = os.getpid()
+            if cls._current is None:
                 cls._current = cls()
                 cls._current._thread.start()
             cls._current._users += 1
@@ -257,6 +264,7 @@ class Engine:
             read.end(error)
         except Exception as error:
             # It does not say whether any of it was accepted.
+            self._unsettled.append(read)
             read.end(EngineError(str(error), None, settled=False))
         else:
             self._flying[number] = read
@@ -269,10 +277,13 @@ class Engine:
             Engine._store = setup.backend
         self._calls = _load()
         self._lifetime.enter_context(variables_set(setup.variables))
-        self._streamer = self._calls.runai_start()
+        try:
+            self._streamer = self._calls.runai_start()
+            if setup.credentials:
+                self._calls.runai_set_credentials(self._streamer, self._calls.S3Credentials(**dict(setup.credentials)))
+        except ValueError as error:
+            raise SourceError(f"Run:ai's engine does not start: {error}") from error
         self._setup = setup
-        if setup.credentials:
-            self._calls.runai_set_credentials(self._streamer, self._calls.S3Credentials(**dict(setup.credentials)))
 
     def _answer(self) -> None:
         """Wait a moment for an answer, and pass it on."""
@@ -300,6 +311,8 @@ class Engine:
             answered.settled = answered.settled and code in _SETTLED
         if done:
             del self._flying[number]
+            if not answered.settled:
+                self._unsettled.append(answered)
             answered.end(self._failure(answered))
 
     def _failure(self, read: EngineRead) -> EngineError | None:
@@ -317,6 +330,7 @@ class Engine:
                 self._calls.runai_end(streamer)
         finally:
             self._flying.clear()
+            self._unsettled.clear()
             self._lifetime.close()
 
     def _end_all(self, failure: Exception) -> None:

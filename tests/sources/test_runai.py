@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import subprocess
@@ -199,6 +200,24 @@ class TestLoads:
         )
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
 
+    def test_a_forked_child_is_refused(self, folder: Path) -> None:
+        """Whatever the engine's library has, its threads are not in the child."""
+        script = (
+            "import os, sys, streamload\n"
+            "streamload.load(sys.argv[1])\n"
+            "if not os.fork():\n"
+            "    try:\n"
+            "        streamload.load(sys.argv[1])\n"
+            "    except streamload.SourceError as error:\n"
+            "        print(error.cause, flush=True)\n"
+            "    os._exit(0)\n"
+            "os.wait()\n"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", script, f"runai+file://{folder}"], capture_output=True, text=True, timeout=100
+        )
+        assert ended.stdout == "Run:ai's engine was in use before this process was forked; spawn processes instead\n"
+
     def test_from_the_command_line(self, folder: Path) -> None:
         command = [sys.executable, "-m", "streamload", "load", str(folder), "--source", "runai", "--quiet", "--json"]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
@@ -317,6 +336,28 @@ class TestFailures:
                 assert "Run:ai's engine: File access error (code 2)" in error.cause
                 spoiler.fault = None
                 assert not (await _read(source, object, memory)).quarantined
+                assert memory == _CONTENT[: 2 * MIB]
+
+        asyncio.run(scenario())
+
+    def test_credentials_that_have_changed_are_found_anew(
+        self, s3_bucket: S3Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        connect = S3Source.connection
+        secrets = ["outdated"]
+
+        async def connection(self: S3Source) -> Any:
+            found = await connect(self)
+            return dataclasses.replace(found, secret_key=secrets.pop()) if secrets else found
+
+        monkeypatch.setattr(S3Source, "connection", connection)
+
+        async def scenario() -> None:
+            async with _object_source(s3_bucket) as source:
+                (object,) = await source.list()
+                memory = bytearray(2 * MIB)
+                assert isinstance(await _error_of(_read(source, object, memory)), TransientError)
+                await _read(source, object, memory)
                 assert memory == _CONTENT[: 2 * MIB]
 
         asyncio.run(scenario())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import inspect
 import logging
@@ -31,9 +32,14 @@ _POLL_MS = 2
 # How often a thread that waits for another engine to end looks whether it is still wanted.
 _LOOK_AGAIN_S = 0.05
 
+# How long the interpreter's exit waits for the engine: beyond what its requests take to fail. The libraries under it
+# crash where the process ends while their requests are under way.
+_EXIT_S = 60.0
+
 # Codes of the engine's that are a request's own end: nothing writes into its memory after them. After any other
 # failure it may have stopped waiting for something that is still under way.
 _SUCCESS = 0
+_ENDED = 1
 _SETTLED = frozenset({_SUCCESS, 2, 3, 15, 19})
 
 # What is called, and with what: a version that has less is no use, one that has more is.
@@ -194,11 +200,26 @@ class Engine:
             self._users -= 1
             if self._users:
                 return False
-            if Engine._current is self:
-                Engine._current = None
-            self._stopped = True
-            self._reads.put(None)
+            self._stop()
             return True
+
+    @classmethod
+    def end_at_exit(cls) -> None:
+        """End it whoever uses it, and let none begin: the process is about to end."""
+        if cls._process != os.getpid():
+            return
+        with cls._guard:
+            if cls._current is not None:
+                cls._current._stop()
+        # Kept. Those that were left behind before have it until they have ended.
+        if not _LIFETIME.acquire(timeout=_EXIT_S):
+            _log.warning("Run:ai's engine does not end; the process may crash when it exits")
+
+    def _stop(self) -> None:
+        if Engine._current is self:
+            Engine._current = None
+        self._stopped = True
+        self._reads.put(None)
 
     def submit(self, read: EngineRead) -> None:
         """Put a read in line."""
@@ -292,13 +313,8 @@ class Engine:
         except TimeoutError:
             return
         if answer is None:
-            # Somebody else in this process has ended all requests. What cannot be waited for is waited for by ending.
-            reads = list(self._flying.values())
-            self._finish()
-            for read in reads:
-                read.end(
-                    EngineError("all its requests were ended by another user of it in this process", 1, settled=True)
-                )
+            # Somebody else in this process has ended all requests. What is under way is waited for by ending.
+            self._finish("all its requests were ended by another user of it in this process")
             return
         code, number, _, _, done = answer
         answered = self._flying.get(number)
@@ -322,13 +338,15 @@ class Engine:
         text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
         return EngineError(f"{text} (code {read.code})", read.code, settled=read.settled)
 
-    def _finish(self) -> None:
+    def _finish(self, why: str = "it was ended") -> None:
         """End the engine. It waits for the requests under way, which may take as long as the other side likes."""
         streamer, self._streamer, self._setup = self._streamer, None, None
         try:
             if streamer is not None:
                 self._calls.runai_end(streamer)
         finally:
+            for read in self._flying.values():
+                read.end(EngineError(why, _ENDED, settled=True))
             self._flying.clear()
             self._unsettled.clear()
             self._lifetime.close()
@@ -340,6 +358,10 @@ class Engine:
                 read.end(failure)
             elif read is None and self._reads.empty():
                 return
+
+
+# A load that is still open is closed after this, since what is registered last runs first.
+atexit.register(Engine.end_at_exit)
 
 
 def _load() -> Any:

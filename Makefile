@@ -5,6 +5,8 @@
 #   make test-all    the same, then the built wheel in environments of its own, the demo, and root-test
 #   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
 #
+#   make cloud-test  the tests of gs:// and az://, against emulators; needs root, and npm for one of them
+#
 #   make bench       streamload beside its nearest peers, in ten minutes at most; results in build/bench/quick.json
 #   make bench-full  all peers, in ninety at most; goes on where it was interrupted; results in build/bench/full.json
 #
@@ -57,7 +59,7 @@ types: $(INSTALLED)
 
 .PHONY: pytest
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m 'not gpu and not root'
+	$(BIN)/python -m pytest -n auto -m 'not gpu and not root and not cloud'
 
 # One after the other even under make -j: the output stays readable, and the cheap checks fail first.
 .PHONY: test
@@ -88,6 +90,23 @@ root-test: $(INSTALLED)
 	@test "$$(id -u)" = 0 || { echo 'make root-test needs root' >&2; exit 1; }
 	$(NGINX)
 	$(BIN)/python -m pytest -m root
+
+$(VENV)/.cloud: $(INSTALLED)
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[cloud]'
+	touch $@
+
+AZURITE := build/azurite/node_modules/.bin/azurite-blob
+$(AZURITE):
+	npm install --silent --no-audit --no-fund --prefix build/azurite azurite@3.37.0
+
+# Each in a process of its own, since Run:ai's engine reads one kind of object store in a process.
+# Root, because Run:ai's plugin for Azure speaks nothing but TLS and trusts the system's list alone: the tests lay a
+# certificate of theirs over it, in a mount namespace of their own.
+.PHONY: cloud-test
+cloud-test: $(VENV)/.cloud $(AZURITE)
+	@test "$$(id -u)" = 0 || { echo 'make cloud-test needs root' >&2; exit 1; }
+	$(BIN)/python -m pytest -m cloud tests/cloud/test_gs.py
+	$(BIN)/python -m pytest -m cloud tests/cloud/test_az.py
 
 # Of a Debian; elsewhere the scenarios that need the server say so.
 NGINX := command -v nginx >/dev/null || { apt-get update -qq && apt-get install -qq nginx-light libnginx-mod-http-js iproute2; }

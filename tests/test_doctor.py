@@ -228,8 +228,8 @@ class TestLocal:
             streamload.doctor(tmp_path, include=["b"])
 
     def test_a_uri_that_nothing_serves(self) -> None:
-        with pytest.raises(OptionError, match="'gs'"):
-            streamload.doctor("gs://bucket")
+        with pytest.raises(OptionError, match="'ftp'"):
+            streamload.doctor("ftp://bucket")
 
 
 class TestSource:

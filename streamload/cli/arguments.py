@@ -39,7 +39,7 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         metavar="URI",
         nargs="?" if optional else None,
         help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these; "
-        "runai+s3://... and runai+file://... are read by Run:ai's engine",
+        "runai+s3://..., runai+file://..., gs:// and az:// are read by Run:ai's engine",
     )
 
 

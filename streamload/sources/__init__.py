@@ -24,7 +24,10 @@ _BUILT_IN = {
     "http": ("streamload.sources.http", "HttpSource"),
     "https": ("streamload.sources.http", "HttpSource"),
     "s3": ("streamload.sources.s3", "S3Source"),
-    **dict.fromkeys(("runai", "runai+file", "runai+s3"), ("streamload.sources.runai", "open_runai")),
+    **dict.fromkeys(
+        ("az", "gs", "runai", "runai+az", "runai+file", "runai+gs", "runai+s3"),
+        ("streamload.sources.runai", "open_runai"),
+    ),
 }
 
 # Set for a process, whatever it loads: no mistake where a source has no use for them.

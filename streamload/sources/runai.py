@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from streamload.checksums import Checksum, PartChecksums, Sha256
@@ -15,6 +16,7 @@ from streamload.errors import (
 )
 from streamload.loan import Loan
 from streamload.sources.base import Source, SourceObject
+from streamload.sources.blobs import BlobSource, BlobStore
 from streamload.sources.keys import check_key
 from streamload.sources.local import LocalSource
 from streamload.sources.operations import Operations
@@ -27,7 +29,7 @@ from streamload.uris import scheme_of
 if TYPE_CHECKING:
     from streamload.sources.s3_client import Connection
 
-__all__ = ["RunaiFileSource", "RunaiObjectSource", "RunaiSource", "open_runai"]
+__all__ = ["RunaiBlobSource", "RunaiFileSource", "RunaiObjectSource", "RunaiSource", "open_runai"]
 
 _log = logging.getLogger("streamload.sources")
 
@@ -42,6 +44,13 @@ _THREAD_EXIT_S = 1.0
 _NOT_INSTALLED = frozenset({4, 5, 12, 13, 14})
 # Requests that it gave up, among them those that another user of it in this process has ended.
 _AGAIN = frozenset({1, 2, 3, 15, 16, 19})
+
+
+# What finds objects there; imported when it is first asked.
+_STORES = {
+    "az": ("streamload.sources.azure_blobs", "AzureStore"),
+    "gs": ("streamload.sources.gcs_blobs", "GcsStore"),
+}
 
 
 class RunaiSource(Source):
@@ -168,6 +177,7 @@ class RunaiSource(Source):
         if isinstance(failure, EngineError):
             if not failure.settled:
                 loan.quarantine()
+            self._forget_setup()
             # It names no reason; asking for the object ourselves often finds one.
             await self._versions.check(object)
             raise _translate(failure)
@@ -179,6 +189,9 @@ class RunaiSource(Source):
     async def _setup(self) -> Setup:
         """What the engine must be started with."""
         raise NotImplementedError
+
+    def _forget_setup(self) -> None:
+        """The engine has failed: what it is started with is found anew for the next read."""
 
     async def _path(self, key: str) -> str | None:
         """An object, as the engine names it; None where it has no name for it, and our own source reads it."""
@@ -208,7 +221,8 @@ class RunaiFileSource(RunaiSource):
 class RunaiObjectSource(RunaiSource):
     """Objects in S3; see `RunaiSource`.
 
-    The engine gets the endpoint, the region and the credentials that our own S3 source has found; they are not renewed.
+    The engine gets the endpoint, the region and the credentials that our own S3 source has found. It does not renew
+    them: after a failed read, those of that moment are compared, and the engine is started anew where they are others.
     """
 
     request_cost_bytes: ClassVar[int] = S3Source.request_cost_bytes
@@ -234,10 +248,28 @@ class RunaiObjectSource(RunaiSource):
             )
         return self._connected
 
+    def _forget_setup(self) -> None:
+        self._connected = None
+
     async def _path(self, key: str) -> str | None:
         uri = self._own.plain_uri_of(key)
-        # What parses it reads one line, and takes slashes together.
-        return None if uri is None or "\n" in uri or "//" in uri.partition("://")[2] else _in_utf8(uri)
+        return None if uri is None else _path_of(uri)
+
+
+class RunaiBlobSource(RunaiSource):
+    """Objects in Google Cloud Storage and Azure; see `RunaiSource`. The engine finds its credentials itself."""
+
+    request_cost_bytes: ClassVar[int] = RunaiObjectSource.request_cost_bytes
+    read_bytes: ClassVar[int] = RunaiObjectSource.read_bytes
+    concurrency: ClassVar[int] = RunaiObjectSource.concurrency
+
+    _own: BlobSource
+
+    async def _setup(self) -> Setup:
+        return Setup.of(scheme_of(self._own.plain_uri_of("")), self._settings, concurrency=self._workers)
+
+    async def _path(self, key: str) -> str | None:
+        return _path_of(self._own.plain_uri_of(key))
 
 
 def open_runai(
@@ -249,7 +281,7 @@ def open_runai(
     runai_request_timeout_s: float | None = None,
     runai_virtual_addressing: bool | None = None,
 ) -> RunaiSource:
-    """Make the source for ``runai+s3://...``, ``runai+file:///...``, or what follows the plus sign alone.
+    """Make the source for ``runai+s3://...`` and its like, or for what follows the plus sign alone.
 
     Args:
         uri: What is read.
@@ -275,6 +307,14 @@ def open_runai(
         if own.plain_uri_of("any") is None:
             raise OptionError("Run:ai's engine knows no versions, access points or requests at one's own cost", uri=uri)
         return RunaiObjectSource(uri, own, concurrency=concurrency, settings=settings)
+    if scheme_of(plain) in _STORES:
+        module, name = _STORES[scheme_of(plain)]
+
+        def open_store(bucket: str) -> BlobStore:
+            store: BlobStore = getattr(import_module(module), name)(bucket)
+            return store
+
+        return RunaiBlobSource(uri, BlobSource(plain, open_store), concurrency=concurrency, settings=settings)
     raise OptionError(f"Run:ai's engine does not read {scheme_of(plain)}://", uri=uri)
 
 
@@ -288,6 +328,11 @@ def _credentials(found: Connection) -> tuple[tuple[str, str], ...]:
         "endpoint": found.endpoint,
     }
     return tuple((name, value) for name, value in said.items() if value)
+
+
+def _path_of(uri: str) -> str | None:
+    """An object's URI, where the engine can read it: it takes it for one line, and slashes in a row for one."""
+    return None if "\n" in uri or "//" in uri.partition("://")[2] else _in_utf8(uri)
 
 
 def _in_utf8(name: str) -> str | None:

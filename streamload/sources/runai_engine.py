@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import ctypes
 import inspect
 import logging
@@ -31,9 +32,14 @@ _POLL_MS = 2
 # How often a thread that waits for another engine to end looks whether it is still wanted.
 _LOOK_AGAIN_S = 0.05
 
+# How long the interpreter's exit waits for the engine: beyond what its requests take to fail. The libraries under it
+# crash where the process ends while their requests are under way.
+_EXIT_S = 60.0
+
 # Codes of the engine's that are a request's own end: nothing writes into its memory after them. After any other
 # failure it may have stopped waiting for something that is still under way.
 _SUCCESS = 0
+_ENDED = 1
 _SETTLED = frozenset({_SUCCESS, 2, 3, 15, 19})
 
 # What is called, and with what: a version that has less is no use, one that has more is.
@@ -150,16 +156,20 @@ class Engine:
     """
 
     _current: Engine | None = None
+    _process: int | None = None  # the one that has had an engine
+    # The kind of object store that this process has read. The library calls the first plugin that it has loaded,
+    # whatever it is asked for later: that fails, hangs, or worse.
+    _store: str | None = None
     _guard = threading.Lock()
 
     def __init__(self) -> None:
         self.ended: Future[None] = Future()
         self.ended.set_running_or_notify_cancel()  # one who waits and gives up must not cancel it for all
-        self._process = os.getpid()
         self._users = 0
         self._reads: SimpleQueue[EngineRead | None] = SimpleQueue()
         self._next: EngineRead | None = None  # taken from the queue, and not yet submitted
         self._flying: dict[int, EngineRead] = {}
+        self._unsettled: list[EngineRead] = []  # they hold memory that may be written to until the engine has ended
         self._stopped = False
         self._calls: Any = None
         self._streamer: Any = None
@@ -169,10 +179,16 @@ class Engine:
 
     @classmethod
     def acquire(cls) -> Engine:
-        """The engine, for one more user. Each call is paired with one of `release`."""
+        """The engine, for one more user. Each call that returns is paired with one of `release`.
+
+        Raises:
+            SourceError: This process was forked from one that had an engine: a child has none of its threads.
+        """
         with cls._guard:
-            # A forked child has none of its parent's threads.
-            if cls._current is None or cls._current._process != os.getpid():
+            if cls._process not in (None, os.getpid()):
+                raise SourceError("Run:ai's engine was in use before this process was forked; spawn processes instead")
+            cls._process = os.getpid()
+            if cls._current is None:
                 cls._current = cls()
                 cls._current._thread.start()
             cls._current._users += 1
@@ -184,11 +200,26 @@ class Engine:
             self._users -= 1
             if self._users:
                 return False
-            if Engine._current is self:
-                Engine._current = None
-            self._stopped = True
-            self._reads.put(None)
+            self._stop()
             return True
+
+    @classmethod
+    def end_at_exit(cls) -> None:
+        """End it whoever uses it, and let none begin: the process is about to end."""
+        if cls._process != os.getpid():
+            return
+        with cls._guard:
+            if cls._current is not None:
+                cls._current._stop()
+        # Kept. Those that were left behind before have it until they have ended.
+        if not _LIFETIME.acquire(timeout=_EXIT_S):
+            _log.warning("Run:ai's engine does not end; the process may crash when it exits")
+
+    def _stop(self) -> None:
+        if Engine._current is self:
+            Engine._current = None
+        self._stopped = True
+        self._reads.put(None)
 
     def submit(self, read: EngineRead) -> None:
         """Put a read in line."""
@@ -254,17 +285,26 @@ class Engine:
             read.end(error)
         except Exception as error:
             # It does not say whether any of it was accepted.
+            self._unsettled.append(read)
             read.end(EngineError(str(error), None, settled=False))
         else:
             self._flying[number] = read
 
     def _start(self, setup: Setup) -> None:
+        if setup.backend != "file":
+            if Engine._store not in (None, setup.backend):
+                read = f"and has read {Engine._store}://"
+                raise SourceError(f"Run:ai's engine reads one kind of object store in a process, {read} in this one")
+            Engine._store = setup.backend
         self._calls = _load()
         self._lifetime.enter_context(variables_set(setup.variables))
-        self._streamer = self._calls.runai_start()
+        try:
+            self._streamer = self._calls.runai_start()
+            if setup.credentials:
+                self._calls.runai_set_credentials(self._streamer, self._calls.S3Credentials(**dict(setup.credentials)))
+        except ValueError as error:
+            raise SourceError(f"Run:ai's engine does not start: {error}") from error
         self._setup = setup
-        if setup.credentials:
-            self._calls.runai_set_credentials(self._streamer, self._calls.S3Credentials(**dict(setup.credentials)))
 
     def _answer(self) -> None:
         """Wait a moment for an answer, and pass it on."""
@@ -273,13 +313,8 @@ class Engine:
         except TimeoutError:
             return
         if answer is None:
-            # Somebody else in this process has ended all requests. What cannot be waited for is waited for by ending.
-            reads = list(self._flying.values())
-            self._finish()
-            for read in reads:
-                read.end(
-                    EngineError("all its requests were ended by another user of it in this process", 1, settled=True)
-                )
+            # Somebody else in this process has ended all requests. What is under way is waited for by ending.
+            self._finish("all its requests were ended by another user of it in this process")
             return
         code, number, _, _, done = answer
         answered = self._flying.get(number)
@@ -292,6 +327,8 @@ class Engine:
             answered.settled = answered.settled and code in _SETTLED
         if done:
             del self._flying[number]
+            if not answered.settled:
+                self._unsettled.append(answered)
             answered.end(self._failure(answered))
 
     def _failure(self, read: EngineRead) -> EngineError | None:
@@ -301,14 +338,17 @@ class Engine:
         text = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
         return EngineError(f"{text} (code {read.code})", read.code, settled=read.settled)
 
-    def _finish(self) -> None:
+    def _finish(self, why: str = "it was ended") -> None:
         """End the engine. It waits for the requests under way, which may take as long as the other side likes."""
         streamer, self._streamer, self._setup = self._streamer, None, None
         try:
             if streamer is not None:
                 self._calls.runai_end(streamer)
         finally:
+            for read in self._flying.values():
+                read.end(EngineError(why, _ENDED, settled=True))
             self._flying.clear()
+            self._unsettled.clear()
             self._lifetime.close()
 
     def _end_all(self, failure: Exception) -> None:
@@ -318,6 +358,10 @@ class Engine:
                 read.end(failure)
             elif read is None and self._reads.empty():
                 return
+
+
+# A load that is still open is closed after this, since what is registered last runs first.
+atexit.register(Engine.end_at_exit)
 
 
 def _load() -> Any:

@@ -24,11 +24,11 @@ def patterns(draw: st.DrawFn) -> str:
 
 @st.composite
 def worlds(draw: st.DrawFn) -> tuple[int, int]:
-    stages = draw(st.integers(1, 4))
-    return draw(st.integers(1, 40)) * stages, stages
+    stages = draw(st.integers(1, 3))
+    return draw(st.sampled_from([1, 2, 12])) * stages, stages
 
 
-@given(patterns(), worlds(), st.integers(1, 12))
+@given(patterns(), worlds(), st.sampled_from([1, 2, 11]))
 def test_every_rank_gets_its_own_files_and_no_others(pattern: str, world: tuple[int, int], parts: int) -> None:
     size, stages = world
     ranks = [RankFiles(rank, size, stages, pattern) for rank in range(size)]

@@ -83,7 +83,7 @@ class TestWrongUse:
     @pytest.mark.parametrize(
         ("given", "problem"),
         [
-            (("inspect", "gs://bucket/model"), "gs://bucket/model: nothing serves the scheme 'gs'"),
+            (("inspect", "ftp://host/model"), "ftp://host/model: nothing serves the scheme 'ftp'"),
             (("inspect", "s3://"), "an S3 URI is s3://bucket"),
             (("inspect", ""), "a path is missing"),
             (("inspect", "file://host/model"), "cannot name another machine"),
@@ -91,7 +91,7 @@ class TestWrongUse:
             (("inspect", "/", "--concurrency", "0"), "concurrency=0 is not"),
             (("inspect", "/", "--deadline-s", "nan"), "deadline_s=nan is not"),
             (("doctor", "--memory-bytes", "1"), "memory_bytes=1 is not"),
-            (("doctor", "gs://bucket"), "nothing serves the scheme 'gs'"),
+            (("doctor", "ftp://host"), "nothing serves the scheme 'ftp'"),
         ],
     )
     def test_is_told_in_one_line(self, cli: Program, given: tuple[str, ...], problem: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ from streamload.errors import (
 from streamload.loan import Loan
 from streamload.sources import SourceObject, open_source
 from streamload.sources.local import LocalSource
-from streamload.sources.runai import RunaiFileSource, RunaiObjectSource, RunaiSource
+from streamload.sources.runai import RunaiBlobSource, RunaiFileSource, RunaiObjectSource, RunaiSource
 from streamload.sources.runai_engine import Engine, EngineRead
 from streamload.sources.runai_settings import RunaiSettings, Setup
 from streamload.sources.runai_versions import Versions
@@ -128,6 +129,9 @@ class TestWhichSource:
             ("/models/llama", "runai", RunaiFileSource),
             ("s3://bucket/llama", "runai", RunaiObjectSource),
             ("runai+s3://bucket/llama", "runai", RunaiObjectSource),
+            ("gs://bucket/llama", None, RunaiBlobSource),
+            ("az://container/llama", None, RunaiBlobSource),
+            ("runai+gs://bucket/llama", None, RunaiBlobSource),
         ],
     )
     def test_by_scheme_or_by_option(self, uri: str, source: str | None, kind: type[RunaiSource]) -> None:
@@ -199,6 +203,24 @@ class TestLoads:
             [sys.executable, "-c", script, f"runai+file://{folder}"], capture_output=True, text=True, timeout=100
         )
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
+
+    def test_a_forked_child_is_refused(self, folder: Path) -> None:
+        """Whatever the engine's library has, its threads are not in the child."""
+        script = (
+            "import os, sys, streamload\n"
+            "streamload.load(sys.argv[1])\n"
+            "if not os.fork():\n"
+            "    try:\n"
+            "        streamload.load(sys.argv[1])\n"
+            "    except streamload.SourceError as error:\n"
+            "        print(error.cause, flush=True)\n"
+            "    os._exit(0)\n"
+            "os.wait()\n"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", script, f"runai+file://{folder}"], capture_output=True, text=True, timeout=100
+        )
+        assert ended.stdout == "Run:ai's engine was in use before this process was forked; spawn processes instead\n"
 
     def test_from_the_command_line(self, folder: Path) -> None:
         command = [sys.executable, "-m", "streamload", "load", str(folder), "--source", "runai", "--quiet", "--json"]
@@ -322,6 +344,28 @@ class TestFailures:
 
         asyncio.run(scenario())
 
+    def test_credentials_that_have_changed_are_found_anew(
+        self, s3_bucket: S3Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        connect = S3Source.connection
+        secrets = ["outdated"]
+
+        async def connection(self: S3Source) -> Any:
+            found = await connect(self)
+            return dataclasses.replace(found, secret_key=secrets.pop()) if secrets else found
+
+        monkeypatch.setattr(S3Source, "connection", connection)
+
+        async def scenario() -> None:
+            async with _object_source(s3_bucket) as source:
+                (object,) = await source.list()
+                memory = bytearray(2 * MIB)
+                assert isinstance(await _error_of(_read(source, object, memory)), TransientError)
+                await _read(source, object, memory)
+                assert memory == _CONTENT[: 2 * MIB]
+
+        asyncio.run(scenario())
+
     def test_requests_ended_by_another_user_of_the_engine(
         self, s3_bucket: S3Bucket, proxy: FaultProxy, spoiler: Spoiler, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -406,6 +450,24 @@ class TestFailures:
 
         asyncio.run(scenario())
 
+    def test_another_kind_of_object_store(self, s3_bucket: S3Bucket, proxy: FaultProxy) -> None:
+        """Its library would call the plugin for S3."""
+
+        async def scenario() -> None:
+            async with _object_source(s3_bucket) as source:
+                (object,) = await source.list()
+                await _read(source, object, bytearray(2 * MIB))
+            engine = Engine.acquire()
+            read = EngineRead(Setup("gs"), "gs://bucket/key", 0, [memoryview(bytearray(10))])
+            engine.submit(read)
+            failure = await read.outcome()
+            assert isinstance(failure, SourceError)
+            assert "one kind of object store in a process, and has read s3://" in failure.cause
+            assert engine.release()
+            await asyncio.wrap_future(engine.ended)
+
+        asyncio.run(scenario())
+
 
 class TestLeaving:
     def test_what_does_not_end_in_time_is_quarantined_and_closing_does_not_wait(
@@ -435,6 +497,31 @@ class TestLeaving:
 
         asyncio.run(scenario())
         assert _engine_threads() == []
+
+    def test_a_program_that_leaves_while_the_server_says_nothing_ends(
+        self,
+        s3_bucket: S3Bucket,
+        proxy: FaultProxy,
+        spoiler: Spoiler,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The engine's requests are waited for: the libraries under it crash where the process ends before them."""
+        for file in folder.iterdir():
+            s3_bucket.put(f"varied/{file.name}", file.read_bytes())
+        script = (
+            "import sys, streamload\n"
+            "stream = streamload.stream(sys.argv[1], read_bytes=1 << 20, runai_request_timeout_s=1)\n"
+            "sys.stdin.readline()\n"
+        )
+        # The engine's requests fail soon.
+        monkeypatch.setenv("RUNAI_STREAMER_S3_MAX_RETRIES", "1")
+        spoiler.fault = Fault("stall", passed_bytes=1000)
+        command = [sys.executable, "-c", script, f"runai+{s3_bucket.uri}/varied"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+            spoiler.spoiled.wait()
+            process.communicate(b"\n", timeout=100)
+            assert process.returncode == 0
 
     def test_a_read_that_was_not_submitted_yet_is_taken_back(self, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         async def scenario() -> None:

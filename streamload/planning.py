@@ -105,6 +105,7 @@ async def plan_load(
         placements = options.placements
         if not isinstance(placements, Placements):
             placements = Placements.from_config(await read_config(fetcher, recorder))
+            recorder.in_turn(2)  # it is looked for, and read
         slice_for = partial(placements.slice, wanted, uneven=options.uneven, whole=found.catalog)
         catalog = slice_for(options.ranks)
         if all_ranks:
@@ -121,12 +122,16 @@ async def plan_load(
             if sum(tensor.nbytes for tensor in file.tensors) == nbytes[file.key]
         ]
         checksums = await ask_checksums(fetcher, whole, most_concurrency)
+        recorder.in_turn(source.checksum_trips if whole else 0)
     sha256s: dict[str, bytes | Sha256 | str] = {}
     if options.verify in ("require", "sha256"):
         # Where there is a checksum, nothing else is compared.
         unsummed = [found.objects[file.key] for file in catalog.files if isinstance(checksums.get(file.key), str)]
+        before = source.requests
         sha256s = await ask_sha256s(fetcher, unsummed, most_concurrency)
+        recorder.in_turn(1 if source.requests > before else 0)
     plan = _plan(source, catalog, read_bytes)
+    recorder.in_turn(1 if plan.reads else 0)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
     verifier = Verifier(
         plan,

@@ -55,6 +55,8 @@ class Report:
             under way), ``consumer`` (no credit left while finished tensors wait to be taken).
         bottleneck: The stage that held the load back; None before anything was read.
         requests: Requests sent to the source.
+        round_trips: How many requests were made one after another, each waiting for the one before, until a tensor's
+            first bytes could come; without those that were made again.
         paths: Bytes by the way they came, where the source has more than one.
         reads: Ranged reads of tensor bytes that have ended.
         retries: Attempts that failed and were made again.
@@ -86,6 +88,7 @@ class Report:
     stages: dict[Stage, float]
     bottleneck: Stage | None
     requests: int
+    round_trips: int
     paths: dict[str, int]
     reads: int
     retries: int
@@ -141,8 +144,8 @@ def _lines(report: Report) -> Iterator[str]:
     if report.bottleneck is not None:
         yield f"  held back by   {_BOTTLENECKS[report.bottleneck]}"
     yield (
-        f"  requests       {report.requests}, {report.retries} retried; {format_bytes(report.fetched_bytes)} fetched, "
-        f"{report.read_amplification:.3f} x what was delivered"
+        f"  requests       {report.requests}, {report.retries} retried, {report.round_trips} in turn before data; "
+        f"{format_bytes(report.fetched_bytes)} fetched, {report.read_amplification:.3f} x what was delivered"
     )
     if report.concurrency:
         found = f", {report.most_concurrency} at most" if report.most_concurrency != report.concurrency else ""
@@ -219,6 +222,7 @@ class Recorder:
         self.nbytes = 0
         self.reads = 0
         self.retries = 0
+        self.round_trips = 0
         self._count_requests: Callable[[], int] = int
         self.paths: dict[str, int] = {}
         self.fetched_bytes = 0
@@ -317,6 +321,10 @@ class Recorder:
         self._stages["copy"].seconds += ended - started
         self._tell(Event("copy", "copy stream", started - self._began, ended - started, nbytes=nbytes, detail=detail))
 
+    def in_turn(self, requests: int) -> None:
+        """So many requests, one after another, had to be over before anything else could go on."""
+        self.round_trips += requests
+
     def retried(self, error: StreamloadError, lane: str) -> None:
         """An attempt failed and will be made again."""
         self.retries += 1
@@ -375,6 +383,7 @@ class Recorder:
             stages=stages,
             bottleneck=_bottleneck(stages),
             requests=self._count_requests(),
+            round_trips=self.round_trips,
             paths=dict(self.paths),
             reads=self.reads,
             retries=self.retries,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import streamload
-from streamload.errors import ChecksumError, CredentialsError, NotFoundError
+from streamload.errors import ChecksumError, CredentialsError, HeaderError, NotFoundError
 from streamload.loan import Loan
 from streamload.sources.base import SourceObject
 from streamload.sources.s3 import S3Source
@@ -63,6 +65,9 @@ def test_every_way_to_load_and_the_objects_checksums(
         assert report.unverified == {}
         # One list, one index, and for each of three files a header, a checksum and its reads.
         assert report.requests == 1 + 1 + 3 + 3 + report.reads
+        # The index came while headers and checksums did.
+        assert report.round_trips == 3
+        assert ", 3 in turn before data; " in str(report)
 
     asyncio.run(scenario())
 
@@ -72,6 +77,38 @@ def test_one_object(s3_bucket: S3Bucket, folder: Path) -> None:
     name = "model-00002-of-00003.safetensors"
     found = streamload.load(uri + name)
     assert found.keys() == streamload.load(folder / name).keys()
+
+
+def test_files_beside_those_of_the_index_do_not_matter(
+    s3_bucket: S3Bucket, folder: Path, expected: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their headers may be asked for before it is known that they do not count."""
+    monkeypatch.setattr(S3Source, "hedged", False)
+    uri = upload(s3_bucket, folder)
+    s3_bucket.put("models/tiny/consolidated.safetensors", b"\xff" * 100)
+    with streamload.stream(uri) as stream:
+        check(dict(stream), expected)
+    assert stream.report.round_trips == 3
+    assert set(stream.report.verified.values()) == {stream.report.total_bytes}
+    (first, *_) = sorted(file.name for file in folder.glob("*.safetensors"))
+    s3_bucket.put(f"models/tiny/{first}", b"\xff" * 100)
+    with pytest.raises(HeaderError) as caught:
+        streamload.load(uri)
+    assert caught.value.object == first
+
+
+@pytest.mark.parametrize("deeper", [False, True])
+def test_round_trips_are_counted(s3_bucket: S3Bucket, tmp_path: Path, deeper: bool) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"x": torch.ones(3)}, file)
+    key = "deeper/model.safetensors" if deeper else "model.safetensors"
+    s3_bucket.put(f"m/{key}", file.read_bytes())
+    if deeper:
+        s3_bucket.put("m/model.safetensors.index.json", json.dumps({"weight_map": {"x": key}}).encode())
+    with streamload.stream(f"{s3_bucket.uri}/m" + ("" if deeper else f"/{key}")) as stream:
+        assert len(dict(stream)) == 1
+    # The list or the head; an index, and the head of what it names; the header; the tensor.
+    assert stream.report.round_trips == (5 if deeper else 3)
 
 
 def test_verify_off_asks_for_no_checksums_and_says_so(s3_bucket: S3Bucket, folder: Path) -> None:

@@ -30,6 +30,7 @@ from streamload.errors import (
     NotFoundError,
     ObjectChangedError,
     SourceError,
+    StreamloadError,
     TransientError,
 )
 from streamload.loan import Loan
@@ -110,22 +111,49 @@ async def discover(
         CheckpointError: The files do not make a checkpoint, or a manifest was written for others.
         SourceError: The source's.
     """
-    shards = await find_shards(fetcher, recorder, concurrency, rank_files=rank_files)
-    listed, index, objects = shards.listed, shards.index, shards.objects
-
     lanes: asyncio.Queue[str] = asyncio.Queue()
     for number in range(concurrency):
         lanes.put_nowait(f"header {number}")
-    one_large = asyncio.Lock()
-    with recorder.stage("headers"):
-        async with asyncio.TaskGroup() as group:
-            reading = [
-                group.create_task(_read_header(fetcher, recorder, object, lanes, one_large))
-                for object in objects.values()
-            ]
-            asking = group.create_task(ask_checksums(fetcher, objects.values() if checksums else (), concurrency))
+    one_large, slots = asyncio.Lock(), asyncio.Semaphore(concurrency)
+
+    async def sum_of(object: SourceObject) -> Checksum | PartChecksums | str:
+        async with slots:
+            return (await ask_checksums(fetcher, (object,), 1))[object.key]
+
+    headers: dict[str, asyncio.Task[tuple[ShardFile, bytes] | StreamloadError]] = {}
+    sums: dict[str, asyncio.Task[Checksum | PartChecksums | str | StreamloadError]] = {}
+    async with asyncio.TaskGroup() as group:
+
+        def begin(objects: Iterable[SourceObject]) -> None:
+            for object in objects:
+                header = _read_header(fetcher, recorder, object, lanes, one_large)
+                headers[object.key] = group.create_task(_settled(header))
+                if checksums:
+                    sums[object.key] = group.create_task(_settled(sum_of(object)))
+
+        shards = await find_shards(fetcher, recorder, concurrency, rank_files=rank_files, meanwhile=begin)
+        listed, index, objects = shards.listed, shards.index, shards.objects
+        with recorder.stage("headers"):
+            for key in headers.keys() - objects.keys():
+                for task in (headers.pop(key), sums.pop(key, None)):
+                    if task is not None:
+                        task.cancel()
+            begin(object for key, object in objects.items() if key not in headers)
             manifesting = group.create_task(find_manifests(fetcher, recorder, listed, objects if keep_headers else ()))
+            # Tasks of their own, so that the first that fails ends all the others.
+            reading = [group.create_task(_result(headers[key])) for key in objects]
+            asking: dict[str, asyncio.Task[Checksum | PartChecksums | str]] = {
+                key: group.create_task(_result(sums[key])) for key in objects if key in sums
+            }
+            await asyncio.wait([*reading, *asking.values(), manifesting])
     found = [task.result() for task in reading]
+    summed = {key: task.result() for key, task in asking.items()}
+    recorder.in_turn(
+        max(
+            2 if any(file.header_bytes > _FIRST_READ_BYTES for file, _ in found) else 1,
+            fetcher.source.checksum_trips if summed else 0,
+        )
+    )
     manifests = manifesting.result()
     for file, _ in found:
         if file.key in manifests:
@@ -134,7 +162,7 @@ async def discover(
         catalog=build_catalog([file for file, _ in found], index),
         objects=objects,
         headers={file.key: header for file, header in found} if keep_headers else {},
-        checksums=asking.result(),
+        checksums=summed,
         manifests=manifests,
         presharded=shards.presharded,
     )
@@ -164,6 +192,7 @@ async def find_shards(
     *,
     rank_files: RankFiles | None = None,
     all_ranks: bool = False,
+    meanwhile: Callable[[Iterable[SourceObject]], None] | None = None,
 ) -> Shards:
     """List what lies under the URI, and choose the shard files.
 
@@ -173,6 +202,8 @@ async def find_shards(
         concurrency: How many requests are made at once.
         rank_files: As for `discover`.
         all_ranks: Whether every rank's files of a pre-sharded checkpoint count, for who reads files and not tensors.
+        meanwhile: Is given all files that may be shard files when the index, which says which are, is asked for; only
+            where waiting for the one costs more than asking for something about the others.
 
     Raises:
         CheckpointError: There is no shard file, or the index does not fit.
@@ -180,15 +211,24 @@ async def find_shards(
     """
     started_s = recorder.now()
     with recorder.stage("list"):
+        before = fetcher.source.requests
         listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
+        recorder.in_turn(fetcher.source.requests - before)
         names = tuple(listed)
         keys = None if rank_files is None else rank_files.choose(names)
         presharded = keys is not None
+        overlapped = False
+        if not presharded and choose_index(names) is not None:
+            overlapped = meanwhile is not None and fetcher.source.most_concurrency is not None
+            if overlapped and meanwhile is not None:
+                meanwhile(object for key, object in listed.items() if key.endswith(".safetensors"))
         index = None if presharded else await _read_index(fetcher, recorder, listed)
         if keys is None:
             ordinary = all_ranks or index is not None or is_one_file(fetcher.source.uri, listed)
             names = names if ordinary else without_rank_files(names)
             keys = shard_keys(names, index, all_listed=fetcher.source.lists_folders)
+        unseen = any(key not in listed for key in keys)
+        recorder.in_turn((index is not None and (unseen or not overlapped)) + unseen)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     # Until it is known what of it is wanted.
     recorder.total_bytes = sum(object.size_bytes for object in objects.values())
@@ -290,6 +330,21 @@ async def read_config(fetcher: Fetcher, recorder: Recorder) -> dict[str, object]
     if not isinstance(config, dict):
         raise CheckpointError("config.json is no JSON object", object=_CONFIG_KEY)
     return config
+
+
+async def _settled(call: Awaitable[T]) -> T | StreamloadError:
+    """What a call brings, or the error that it ends with: whether it counts is not known yet."""
+    try:
+        return await call
+    except StreamloadError as error:
+        return error
+
+
+async def _result(task: asyncio.Task[T | StreamloadError]) -> T:
+    settled = await task
+    if isinstance(settled, StreamloadError):
+        raise settled
+    return settled
 
 
 async def _read_index(fetcher: Fetcher, recorder: Recorder, listed: dict[str, SourceObject]) -> Index | None:

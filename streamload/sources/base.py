@@ -51,6 +51,7 @@ class Source(ABC):
             this power of two; 1 where it makes no difference.
         companions: Whether what lies beside an object, such as a manifest, is of the version that is read.
         requests: How many requests (or system calls that read) have been sent so far.
+        checksum_trips: How many requests one after another `checksum` took at most, so far.
         paths: Bytes read so far by the way they came, where there is more than one.
     """
 
@@ -68,6 +69,7 @@ class Source(ABC):
         self.uri = scrub_uri(uri)
         self.companions = True
         self.requests = 0
+        self.checksum_trips = 1
         self.paths: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:

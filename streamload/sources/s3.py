@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from streamload.checksums import Checksum, PartChecksums, Sha256
+from streamload.checksums import ALGORITHMS, Checksum, PartChecksums, Sha256
 from streamload.errors import (
     CredentialsError,
     NotFoundError,
@@ -119,6 +119,7 @@ class S3Source(Source):
         self._read_timeout_s = read_timeout_s
         self._operations = Operations()
         self._client: S3Client | None = None
+        self._in_parts: set[str] = set()  # objects of which the listing tells that their checksum is of parts
         self._opening = asyncio.Lock()
 
     async def list(self) -> list[SourceObject]:
@@ -159,10 +160,24 @@ class S3Source(Source):
         from streamload.sources.s3_checksums import composite_of, part_checksums, sha256_of, whole_checksum
 
         async with self._asking(object) as client:
-            answer = await self._head_with_checksums(client, object)
+            parts = None
+            if object.key in self._in_parts:
+                # Both at once: the one is of no use without the other.
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        head = group.create_task(self._head_with_checksums(client, object))
+                        listing = group.create_task(self._list_parts(client, object))
+                except ExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
+                answer, parts = head.result(), listing.result()
+            else:
+                answer = await self._head_with_checksums(client, object)
             composite = composite_of(answer)
             if composite is not None:
-                return part_checksums(*composite, await self._list_parts(client, object), object.size_bytes)
+                if parts is None:
+                    self.checksum_trips = 2
+                    parts = await self._list_parts(client, object)
+                return part_checksums(*composite, parts, object.size_bytes)
             whole = whole_checksum(answer)
             if whole is None and sha256_of(answer) is not None:
                 raise SourceError("the store keeps a SHA-256 instead, which is compared with verify='sha256' only")
@@ -273,6 +288,9 @@ class S3Source(Source):
                 key = name.removeprefix(prefix)
                 # Consoles mark a folder with an empty object that is called as the folder is.
                 if key and not key.endswith("/"):
+                    combinable = set(ALGORITHMS).intersection(entry.get("ChecksumAlgorithm", ()))
+                    if combinable and entry.get("ChecksumType") == "COMPOSITE":
+                        self._in_parts.add(key)
                     objects.append(_object(key, entry.get("Size"), entry.get("ETag")))
             if len(folders) <= _SHOWN_FOLDERS:
                 folders += [str(entry.get("Prefix")).removeprefix(prefix) for entry in page.get("CommonPrefixes", ())]

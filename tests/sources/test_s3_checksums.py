@@ -123,6 +123,19 @@ def test_each_part_is_compared(uploaded: Uploaded, load: Load, page: int) -> Non
     assert report.unverified == {}
 
 
+@pytest.mark.parametrize(("kind", "round_trips"), [("COMPOSITE", 3), ("FULL_OBJECT", 4), ("", 4)])
+def test_a_listing_that_tells_of_parts_saves_a_round_trip(
+    uploaded: Uploaded, load: Load, content: bytes, kind: str, round_trips: int
+) -> None:
+    attributes = uploaded.attributes()
+    listing = f"<Contents><Key>m/{NAME}</Key><Size>{len(content)}</Size><ETag>{uploaded.tag}</ETag>"
+    listing += f"<ChecksumAlgorithm>CRC32C</ChecksumAlgorithm><ChecksumType>{kind}</ChecksumType></Contents>"
+    answer = _answer(200, f"<ListBucketResult>{listing}</ListBucketResult>")
+    report = load(lambda head: answer if b"list-type=2" in head else attributes(head))
+    assert report.verified == {"CRC32C of each uploaded part": report.total_bytes}
+    assert report.round_trips == round_trips
+
+
 def test_a_flipped_bit_is_found_and_its_part_is_named(uploaded: Uploaded, load: Load, content: bytes) -> None:
     last = len(content) - 1
     flipped: list[bytes] = []

@@ -98,7 +98,9 @@ async def plan_load(
         checksums=verify and everything,
         rank_files=options.rank_files,
     )
-    wanted = catalog = select(found.catalog, options.include, options.exclude)
+    # Files of one pipeline stage have other layers than those of the next one.
+    stage = found.presharded and options.ranks is not None and options.ranks.pp_size > 1
+    wanted = catalog = select(found.catalog, options.include, options.exclude, partial=stage)
     every: tuple[Plan, ...] = ()
     # A pre-sharded checkpoint holds this rank's tensors as they are needed.
     if options.ranks is not None and not found.presharded:

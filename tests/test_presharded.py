@@ -127,3 +127,15 @@ def test_one_part_by_its_own_name(tmp_path: Path) -> None:
     assert set(streamload.load(part)) == {"b"}
     with pytest.raises(CheckpointError, match="part 0 of rank 0 is missing"):
         streamload.load(tmp_path)
+
+
+def test_what_is_included_may_be_on_another_stage(tmp_path: Path) -> None:
+    for rank in range(2):
+        streamload.save_sharded({f"layers.{rank}.w": torch.ones(2)}, tmp_path, rank=rank, world_size=2, pp_size=2)
+    for rank in range(2):
+        options: dict[str, Any] = {"rank": rank, "world_size": 2, "pp_size": 2}
+        found = streamload.load(tmp_path, include=["layers.0.*"], **options)
+        assert list(found) == (["layers.0.w"] if rank == 0 else [])
+        into = {f"layers.{rank}.w": torch.zeros(2)}
+        streamload.load_into(into, tmp_path, include=["layers.0.*"], **options)
+        assert into[f"layers.{rank}.w"].sum() == (2 if rank == 0 else 0)

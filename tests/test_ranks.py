@@ -191,6 +191,17 @@ def test_slices_go_into_a_model_from_a_source_that_passes_over_nothing(
     check(direct, expected)
 
 
+def test_a_model_of_another_stage_is_told_from_a_checkpoint_that_lacks_something(folder: Path) -> None:
+    into = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(HIDDEN, HIDDEN), "lost": torch.zeros(2)}
+    with pytest.raises(MismatchError) as caught:
+        streamload.load_into(into, folder, rank=2, world_size=3, pp_size=3, ignore_unexpected=True)
+    assert caught.value.cause == (
+        "1 name ['lost'] of the model missing from the checkpoint; "
+        "1 name ['model.layers.0.self_attn.q_proj.weight'] of the model not among this rank's"
+    )
+    assert caught.value.missing == ("model.layers.0.self_attn.q_proj.weight", "lost")
+
+
 def test_a_model_that_is_not_made_for_as_many_ranks_is_refused(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A slice in a corner of a whole parameter would be taken for a padded one."""
     into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}

@@ -96,7 +96,7 @@ def _check_index(index: Index, owners: dict[str, str]) -> None:
     )
 
 
-def select(catalog: Catalog, include: Sequence[str], exclude: Sequence[str]) -> Catalog:
+def select(catalog: Catalog, include: Sequence[str], exclude: Sequence[str], *, partial: bool = False) -> Catalog:
     """Choose tensors by their names.
 
     Globs are those of `fnmatch` (``*``, ``?``, ``[seq]``, ``[!seq]``) over the whole name, case-sensitive; ``*`` also
@@ -106,6 +106,7 @@ def select(catalog: Catalog, include: Sequence[str], exclude: Sequence[str]) -> 
         catalog: All there are.
         include: A tensor is chosen if any of these matches it; without any, every tensor is.
         exclude: A tensor that any of these matches is left out, chosen or not. Globs that match nothing do no harm.
+        partial: Whether the catalog is a part of the checkpoint, in which there need not be what `include` names.
 
     Returns:
         The chosen tensors. Files keep their sizes; those out of which nothing was chosen are left out.
@@ -115,7 +116,7 @@ def select(catalog: Catalog, include: Sequence[str], exclude: Sequence[str]) -> 
     """
     if not include and not exclude:
         return catalog
-    for glob in include:
+    for glob in () if partial else include:
         matches = re.compile(fnmatch.translate(glob)).match
         if not any(matches(tensor.name) for file in catalog.files for tensor in file.tensors):
             raise OptionError(f"no tensor's name matches {brief(glob)}, which was to be included")

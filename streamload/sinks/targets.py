@@ -116,7 +116,7 @@ class Targets:
         found = {tensor.name: tensor for file in catalog.files for tensor in file.tensors}
         present = {name: tensor for name, tensor in self._tensors.items() if name in found}
         kept = covering(present)
-        self._check_names(found, kept.values())
+        self._check_names(found, {tensor.name for file in whole.files for tensor in file.tensors}, kept.values())
         empty = {name for name, tensor in present.items() if not tensor.numel()}
         chosen = _only(catalog, {*kept, *empty})
         check_dtypes(chosen)
@@ -134,15 +134,19 @@ class Targets:
         self.narrowed = tuple(narrowed)
         return chosen
 
-    def _check_names(self, found: Mapping[str, TensorInfo], filled: Iterable[torch.Tensor]) -> None:
+    def _check_names(self, found: Mapping[str, TensorInfo], whole: set[str], filled: Iterable[torch.Tensor]) -> None:
         missing = [name for name in self._tensors if name not in found]
         if missing:
             memory = Memory(filled)
             missing = [name for name in missing if not memory.holds(self._tensors[name])]
         unexpected = [] if self._ignore_unexpected else [name for name in found if name not in self._tensors]
         problems = []
-        if missing:
-            problems.append(f"{_number(missing, 'name')} {brief(missing)} of the model missing from the checkpoint")
+        absent = [name for name in missing if name not in whole]
+        elsewhere = [name for name in missing if name in whole]
+        if absent:
+            problems.append(f"{_number(absent, 'name')} {brief(absent)} of the model missing from the checkpoint")
+        if elsewhere:
+            problems.append(f"{_number(elsewhere, 'name')} {brief(elsewhere)} of the model not among this rank's")
         if unexpected:
             problems.append(
                 f"{_number(unexpected, 'name')} {brief(unexpected)} of the checkpoint not in the model "

@@ -1,7 +1,7 @@
 """The names of a pre-sharded checkpoint's files: which of them are one rank's. No I/O.
 
 A pattern is text with fields in braces: ``tp_rank`` is the rank among those that share each layer (tensor parallelism),
-and ``rank`` is another name for it, as in vLLM; ``pp_rank`` is the pipeline stage; ``part`` counts a rank's files. ``{{``
+and ``rank`` another name for it, as in vLLM; ``pp_rank`` is the pipeline stage; ``part`` counts a rank's files. ``{{``
 and ``}}`` are braces.
 """
 

@@ -4,7 +4,7 @@
 #   make test        lint, types, tests: whatever needs no root, no GPU and nothing but Python packages
 #   make test-all    the same, then the built wheel in environments of its own, the demo, and root-test
 #   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
-#   make vllm-test   checkpoints that streamload and a real vLLM exchange, with one rank and with two: x86-64, 2 GB
+#   make vllm-test   checkpoints that streamload and a real vLLM exchange, in an environment of its own: x86-64, 2 GB
 #
 #   make bench       streamload beside its nearest peers, in ten minutes at most; results in build/bench/quick.json
 #   make bench-full  all peers, in ninety at most; goes on where it was interrupted; results in build/bench/full.json

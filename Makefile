@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt setuptools
-	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[torch,dev]'
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[torch,runai,dev]'
 	touch $@
 
 .PHONY: venv

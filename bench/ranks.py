@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     dataset = make("llama", given.size, given.data)
-    _write_config(dataset)
+    write_config(dataset)
     found = {
         "tensor_bytes": dataset.tensor_bytes,
         "world_size": given.world_size,
@@ -56,7 +56,7 @@ def main() -> None:
         given.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _write_config(dataset: Dataset) -> None:
+def write_config(dataset: Dataset) -> None:
     """The config.json of the model whose shapes the data set has."""
     found = streamload.inspect(dataset.bucket)
     shapes = {tensor.name: tensor.shape for file in found.plan.catalog.files for tensor in file.tensors}

@@ -69,7 +69,7 @@ def main() -> None:
 
         if not arguments.without_torch:
             _headline("The wheel, with torch")
-            _install(python, f"{wheel}[test,torch]")
+            _install(python, f"{wheel}[test,torch,runai]")
             _run_tests(python, tests, "not gpu and torch", torchless)
             _run_tests(python, tests, "not gpu", others)
 

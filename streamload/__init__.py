@@ -8,9 +8,9 @@
         ...
 
 Loggers: ``streamload.progress`` (INFO: a line every few seconds, with ``progress=True`` and no terminal),
-``streamload.events`` (INFO: attempts that are made again; ERROR: a callback raised), ``streamload.sources`` (WARNING:
-a thread was left behind in the kernel). The library prints nothing, but for the bar of
-``progress=True``.
+``streamload.events`` (INFO: attempts that are made again; ERROR: a callback raised), ``streamload.options`` (WARNING: a
+variable's name is misspelt), ``streamload.sources`` (WARNING: a thread was left behind in the kernel). The library
+prints nothing, but for the bar of ``progress=True``.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ from streamload.plan import (
 )
 from streamload.report import Report
 from streamload.saving import SavedShards, save_sharded
+from streamload.sharding import ShardedCheckpoint, shard
 from streamload.trace import Trace
 from streamload.verification import BadBlock, FileVerification, Verification, verify
 
@@ -116,6 +117,7 @@ __all__ = [
     "SavedShards",
     "Shard",
     "ShardFile",
+    "ShardedCheckpoint",
     "SourceError",
     "Stream",
     "StreamloadError",
@@ -134,6 +136,7 @@ __all__ = [
     "load_into",
     "open",
     "save_sharded",
+    "shard",
     "stream",
     "verify",
     "write_manifest",

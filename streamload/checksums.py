@@ -7,11 +7,22 @@ combines them.
 from __future__ import annotations
 
 import base64
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = ["ALGORITHMS", "Algorithm", "Checksum", "PartChecksums", "PartialChecksum", "RunningChecksum", "combined"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "BlockSums",
+    "Checksum",
+    "PartChecksums",
+    "PartialChecksum",
+    "RunningChecksum",
+    "Sha256",
+    "combined",
+]
 
 Algorithm: TypeAlias = Literal["CRC64NVME", "CRC32C", "CRC32"]
 
@@ -66,6 +77,19 @@ class PartChecksums:
     values: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Sha256:
+    """What a store says the SHA-256 of an object's content is, or of each of the parts that it was uploaded in.
+
+    Attributes:
+        ends: Where each part ends in the object; the last one's end is the object's size.
+        digests: The parts' SHA-256, 32 bytes each.
+    """
+
+    ends: tuple[int, ...]
+    digests: tuple[bytes, ...]
+
+
 class RunningChecksum:
     """The checksum of bytes that come one after the other.
 
@@ -109,6 +133,42 @@ class RunningChecksum:
         self.nbytes += view.nbytes
 
 
+class BlockSums:
+    """The CRC-64/NVME of each of many blocks, of bytes that come one after the other.
+
+    Args:
+        lengths: How long the blocks are; none is empty.
+        values: The checksums of blocks that came before these.
+
+    Attributes:
+        values: Of the blocks that are complete.
+    """
+
+    __slots__ = ("_left", "_lengths", "_update", "_value", "values")
+
+    def __init__(self, lengths: Iterable[int], values: Iterable[int] = ()) -> None:
+        self._update = _update("CRC64NVME")
+        self._lengths = iter(lengths)
+        self._left = next(self._lengths, 0)
+        self._value = 0
+        # Eight bytes each: as tuples, those of a large checkpoint would take a hundred.
+        self.values = array("Q", values)
+
+    def add(self, view: memoryview) -> None:
+        """Go on with these bytes; no more than there are blocks for."""
+        while view.nbytes:
+            if not self._left:
+                raise ValueError(f"{view.nbytes} bytes more than all blocks together")
+            taken = view[: self._left]
+            self._value = self._update(taken, self._value)
+            self._left -= taken.nbytes
+            view = view[taken.nbytes :]
+            if not self._left:
+                self.values.append(self._value)
+                self._value = 0
+                self._left = next(self._lengths, 0)
+
+
 class PartialChecksum:
     """Parts of one object, until together they are all of it.
 
@@ -135,6 +195,18 @@ class PartialChecksum:
         if nbytes:
             self._parts[start] = (nbytes, value)
             self._missing -= nbytes
+
+    def parts(self) -> list[tuple[int, int, int]]:
+        """What was added, neighbours put together: first byte, length and checksum of each stretch, in order."""
+        combine = _combine(self.algorithm)
+        found: list[tuple[int, int, int]] = []
+        for start, (nbytes, value) in sorted(self._parts.items()):
+            if found and found[-1][0] + found[-1][1] == start:
+                first, before, whole = found.pop()
+                found.append((first, before + nbytes, combine(whole, value, nbytes)))
+            else:
+                found.append((start, nbytes, value))
+        return found
 
     @property
     def complete(self) -> bool:

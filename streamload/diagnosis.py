@@ -22,8 +22,8 @@ from streamload.host import HostLimits, host_limits
 from streamload.inspection import inspect
 from streamload.options import LoadOptions, Options, ResolvedOption, proxies, resolve
 from streamload.pipeline.engine import new_event_loop, run_in_thread
-from streamload.planning import effective_reads
-from streamload.sources import Source, open_source
+from streamload.planning import effective_reads, source_for
+from streamload.sources import Source
 from streamload.units import format_bytes, format_count, format_range, format_seconds
 from streamload.uris import scrub, scrub_uri
 
@@ -119,7 +119,7 @@ def doctor(uri: str | os.PathLike[str] | None = None, **options: Unpack[Options]
     resolved, origins = resolve(cast("dict[str, Any]", options))
     name = None if uri is None else os.fspath(uri)
     fixed = None if resolved.concurrency == "auto" else resolved.concurrency
-    source = None if name is None else open_source(name, concurrency=fixed, **resolved.for_source())
+    source = None if name is None else source_for(name, resolved)
     concurrency = fixed or (0 if source is None else source.most_concurrency or source.concurrency)
     findings = [
         *_options(origins),

@@ -13,9 +13,8 @@ from streamload.options import Options, resolve
 from streamload.pipeline.engine import run_in_thread
 from streamload.pipeline.fetch import Fetcher
 from streamload.plan import Batch, Plan, Read
-from streamload.planning import plan_load
+from streamload.planning import plan_load, source_for
 from streamload.report import Recorder
-from streamload.sources import open_source
 from streamload.uris import scrub_uri
 
 __all__ = ["Inspection", "RankPlan", "inspect", "read_tensors"]
@@ -173,8 +172,7 @@ def inspect(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Inspecti
     resolved = replace(resolve(cast("dict[str, Any]", options))[0], verify="off")
     assert resolved.memory_bytes is not None
     name = os.fspath(uri)
-    concurrency = None if resolved.concurrency == "auto" else resolved.concurrency
-    opened = open_source(name, concurrency=concurrency, **resolved.for_source())
+    opened = source_for(name, resolved)
     recorder = Recorder(scrub_uri(name), "none", resolved.memory_bytes, on_event=resolved.on_event)
 
     async def look() -> Inspection:

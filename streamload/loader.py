@@ -26,13 +26,12 @@ from streamload.pipeline.hedge import HedgePolicy, Hedger
 from streamload.pipeline.pace import Pace
 from streamload.pipeline.run import Pipeline
 from streamload.plan import Plan
-from streamload.planning import PlannedLoad, plan_load
+from streamload.planning import PlannedLoad, plan_load, source_for
 from streamload.progress import watch
 from streamload.report import Recorder, Report, State
 from streamload.sinks import MakeSink, NamedTensor, sink_for
 from streamload.sinks.parameters import ParametersSink
 from streamload.sinks.targets import Targets
-from streamload.sources import open_source
 from streamload.uris import scrub_uri
 
 if TYPE_CHECKING:
@@ -53,7 +52,8 @@ def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream
     The load runs on a thread of its own: a consumer that blocks its event loop does not stop the network.
 
     Args:
-        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix`` or ``s3://bucket/key.safetensors``.
+        uri: A directory, a ``.safetensors`` file, ``s3://bucket/prefix``, ``hf://org/model``, ``https://host/folder``,
+            or a file in one of these; with ``runai+`` before the scheme, read by Run:ai's engine where that can.
         **options: The fields of `LoadOptions`.
 
     Raises:
@@ -219,7 +219,6 @@ class _Load:
         assert options.memory_bytes is not None
         self.uri = scrub_uri(uri)
         self.options = options
-        self.recorder = Recorder(self.uri, device or options.device, options.memory_bytes, on_event=options.on_event)
         self._accept = accept
         self._interruption: BaseException | None = None
         self.handoff = Handoff(in_order=options.order == "file")
@@ -227,10 +226,11 @@ class _Load:
         self.opened.set_running_or_notify_cancel()  # whoever waits for it and is cancelled must not cancel it
         self.engine = Engine(self._main)
         self.engine.finished.add_done_callback(self._engine_ended)
-        concurrency = None if options.concurrency == "auto" else options.concurrency
-        self._source = open_source(uri, concurrency=concurrency, **options.for_source())
+        self._source = source_for(uri, options)
         # Here, on the caller's thread: a CUDA device takes the caller's current stream.
-        self._make_sink = make_sink or sink_for(options.device, self.recorder.copied)
+        self._make_sink = make_sink or sink_for(options.device, lambda *copy: self.recorder.copied(*copy))
+        # The load's clock starts here: torch is imported by now.
+        self.recorder = Recorder(self.uri, device or options.device, options.memory_bytes, on_event=options.on_event)
 
     def start(self) -> None:
         self.engine.start()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, TypedDict, cast
 
 from streamload.checkpoint.rank_files import RankFiles
@@ -34,8 +37,15 @@ Concurrency: TypeAlias = "int | Literal['auto']"
 Rank: TypeAlias = "int | Ranks | Literal['auto'] | None"
 Placed: TypeAlias = "Placements | Literal['auto']"
 
+_logger = logging.getLogger(__name__)
+
 _PREFIX = "STREAMLOAD_"
+# How like an option's name a variable's must be to be taken for it, misspelt. Others are not ours: Kubernetes sets some
+# for a service that is called streamload.
+_ALIKE = 0.65
 _PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,4})?")
 
 # The default memory limit: a share of what the container has left, and no more than is of any use. A gigabyte keeps
 # some dozens of connections to an object store busy; beyond it only a slow consumer would fill the rest.
@@ -48,6 +58,9 @@ _CONCURRENCY_MOST = 1024
 _OF_SOURCES = (
     "http_headers",
     "s3_anonymous",
+    "runai_chunk_bytes",
+    "runai_request_timeout_s",
+    "runai_virtual_addressing",
     "revision",
     "allow_patterns",
     "ignore_patterns",
@@ -80,9 +93,15 @@ class LoadOptions:
         deadline_s: The load ends with an error when it has not ended by itself after so many seconds. None: no limit.
         verify: ``"auto"`` checks content against a manifest beside it and the checksums that the source keeps, as far
             as there are any; ``"require"`` does so, and fails before anything is read where a byte would go unchecked;
-            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub keeps of a file, which makes
-            reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+            ``"off"`` does not. ``"sha256"`` also compares the SHA-256 that the Hub or an S3 store keeps of a file,
+            which makes reads wait for each other; so does ``"require"`` where nothing else vouches for it.
+        source: What serves the URI: ``"runai"``, or the scheme of any other source; None: the URI's own scheme.
         s3_anonymous: Whether S3 is asked without credentials, as a public bucket may be; none are looked for then.
+        runai_chunk_bytes: How large the requests of Run:ai's engine are, in bytes. None: the engine's choice.
+        runai_request_timeout_s: How long a request of that engine's to S3 may be silent before it makes it again. None:
+            20 seconds.
+        runai_virtual_addressing: Whether that engine names the bucket in the host's name. None: as streamload's own S3
+            client does it.
         progress: True draws a bar on stderr where that is a terminal, and logs a line every few seconds elsewhere. A
             callable is given a `Progress` instead, several times a second, on the load's own thread.
         on_event: Is given an `Event` for each span of work, on the thread where it ended. It must be quick.
@@ -121,6 +140,10 @@ class LoadOptions:
     deadline_s: float | None = None
     verify: Verify = "auto"
     s3_anonymous: bool = False
+    source: str | None = None
+    runai_chunk_bytes: int | None = None
+    runai_request_timeout_s: float | None = None
+    runai_virtual_addressing: bool | None = None
     progress: bool | OnProgress = False
     on_event: OnEvent | None = None
     http_headers: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False, hash=False)
@@ -140,7 +163,8 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if type(self.device).__module__ == "torch":  # a torch.device; torch itself is not needed here
             object.__setattr__(self, "device", str(self.device))
-        _check(isinstance(self.device, str) and bool(self.device), "device", self.device, "a device such as cuda:0")
+        device_ok = isinstance(self.device, str) and _DEVICE.fullmatch(self.device) is not None
+        _check(device_ok, "device", self.device, "cpu, cuda or cuda:N")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _globs(name, getattr(self, name)))
         if self.memory_bytes is not None:
@@ -157,6 +181,13 @@ class LoadOptions:
         if self.deadline_s is not None:
             _check_positive("deadline_s", self.deadline_s, "seconds above zero")
         self._check_ranks()
+        _check(self.source is None or bool(self.source), "source", self.source, "the name of a source")
+        if self.runai_chunk_bytes is not None:
+            _check_integer("runai_chunk_bytes", self.runai_chunk_bytes, LEAST_READ_BYTES)
+        if self.runai_request_timeout_s is not None:
+            _check_positive("runai_request_timeout_s", self.runai_request_timeout_s, "seconds above zero")
+        virtual = self.runai_virtual_addressing
+        _check(virtual is None or isinstance(virtual, bool), "runai_virtual_addressing", virtual, "True or False")
         for name in ("strict_memory", "expert_parallel", "s3_anonymous", "cache"):
             _check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         progress_ok = isinstance(self.progress, bool) or callable(self.progress)
@@ -181,6 +212,7 @@ class LoadOptions:
 
     def _check_ranks(self) -> None:
         _check(self.uneven in ("error", "ceil"), "uneven", self.uneven, "'error' or 'ceil'")
+        _check_integer("pp_size", self.pp_size, 1)
         if self.pattern is not None:
             _check(isinstance(self.pattern, str), "pattern", self.pattern, "the name of a file, with fields in braces")
         if isinstance(self.placements, Mapping):
@@ -266,6 +298,10 @@ class Options(TypedDict, total=False):
     deadline_s: float | None
     verify: Verify
     s3_anonymous: bool
+    source: str | None
+    runai_chunk_bytes: int | None
+    runai_request_timeout_s: float | None
+    runai_virtual_addressing: bool | None
     progress: bool | OnProgress
     on_event: OnEvent | None
     http_headers: Mapping[str, str]
@@ -318,6 +354,7 @@ def resolve(
     for name in given:
         if name not in known:
             raise OptionError(f"there is no option {name!r}; there are {', '.join(known)}")
+    _warn_of_misspelt(environment)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for name, parse in _FROM_ENVIRONMENT.items():
@@ -336,7 +373,17 @@ def resolve(
         values["memory_bytes"], origins["memory_bytes"] = _default_memory(environment)
     if values.get("rank") == "auto":
         _find_rank(values, origins, environment)
-    options = LoadOptions(**values)
+    try:
+        options = LoadOptions(**values)
+    except OptionError as error:
+        # Every refusal of a value begins with the option's name.
+        name = error.cause.partition("=")[0]
+        origin = origins.get(name, "")
+        variable = origin.removeprefix("environment (").removesuffix(")")
+        if variable == origin:
+            raise
+        shown = "" if name in _HIDDEN else f"={environment[variable]!r}"
+        raise OptionError(f"{variable}{shown}: {error.cause}") from None
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
     )
@@ -351,7 +398,9 @@ def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def _find_rank(values: dict[str, Any], origins: dict[str, str], environment: Mapping[str, str]) -> None:
     """Fill in what torchrun tells a process of its rank."""
-    names = {"rank": "RANK"} if "world_size" in values else {"rank": "RANK", "world_size": "WORLD_SIZE"}
+    names = {"rank": "RANK"}
+    if values.get("world_size") is None:
+        names["world_size"] = "WORLD_SIZE"
     if values.get("device") == "cuda":
         names["device"] = "LOCAL_RANK"
     for name, variable in names.items():
@@ -379,6 +428,14 @@ def _all_ranks(ranks: Ranks) -> tuple[Ranks, ...]:
         for tp in range(ranks.tp_size)
         for ep in ((tp,) if same else range(ranks.ep_size))
     )
+
+
+def _warn_of_misspelt(environment: Mapping[str, str]) -> None:
+    names = [name.upper() for name in _FROM_ENVIRONMENT]
+    for variable in environment:
+        name = variable.removeprefix(_PREFIX)
+        if name != variable and name not in names and (alike := get_close_matches(name.upper(), names, 1, _ALIKE)):
+            _logger.warning("%s is no option, and is ignored: is %s meant?", variable, _PREFIX + alike[0])
 
 
 def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:
@@ -433,6 +490,10 @@ _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "deadline_s": float,
     "verify": str.strip,
     "s3_anonymous": _parse_flag,
+    "source": str.strip,
+    "runai_chunk_bytes": parse_bytes,
+    "runai_request_timeout_s": float,
+    "runai_virtual_addressing": _parse_flag,
     "progress": _parse_flag,
     "http_headers": _parse_headers,
     "rank": _parse_number_or_auto,
@@ -455,6 +516,10 @@ def _shown(name: str, value: object) -> str:
         return ", ".join(value) if value else "none"
     if name == "max_bytes_per_s":
         return "no limit" if value is None else str(value)
+    if name == "source":
+        return "the URI's scheme" if value is None else str(value)
+    if name.startswith("runai_"):
+        return "the default" if value is None else str(value)
     return "the source's choice" if name == "read_bytes" and value is None else str(value)
 
 

@@ -115,6 +115,7 @@ class Peers:
         self._beat_s = 0.0
         self._lock = threading.Lock()
         self._error: PeerError | None = None
+        self._told = False  # whether this rank has said itself that it failed
         self._on_failure: Callable[[PeerError], None] | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="streamload-peers", daemon=True)
@@ -160,11 +161,13 @@ class Peers:
                     self._give_up(limit_s, ours=timeout_s is not None)
                 self._closing.wait(wait_s)
                 wait_s = min(2 * wait_s, _MOST_WAIT_S)
-            self._store.add(self._key("left"), 1)
         except _STORE_ERRORS as error:
             if isinstance(error, StreamloadError):
                 raise
             raise _store_gone(error) from error
+        # The process that holds it does not wait for ever: this rank has loaded everything, whether or not it is told.
+        with suppress(*_STORE_ERRORS):
+            self._store.add(self._key("left"), 1)
         if self._rank == 0:
             # It holds the store, as a rule: the others must have seen that all is done before it may end.
             self._linger("left", self._size)
@@ -174,6 +177,7 @@ class Peers:
         with self._lock:
             told = self._error is not None
         if not told:
+            self._told = True
             self._tell(self._rank, str(error) or type(error).__name__)
             self._see()
         if not told or self._rank == 0:
@@ -206,6 +210,10 @@ class Peers:
             told = json.loads(self._store.get(key))
             if told["rank"] != self._rank:
                 self._notice(PeerError(f"rank {told['rank']} failed: {told['error']}", rank=told["rank"]))
+            elif not self._told:
+                # This process was stopped for a while, perhaps. Nobody is there any more to wait for.
+                problem = f"the other ranks took this one for gone and ended their loads: {told['error']}"
+                self._notice(PeerError(problem, rank=self._rank))
 
     def _look_for_neighbour(self) -> None:
         problem = self._neighbours_problem()

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 
 from streamload.checkpoint import Catalog, select
+from streamload.checksums import Sha256
 from streamload.options import LoadOptions
-from streamload.pipeline.discover import ask_checksums, discover, read_config
+from streamload.pipeline.discover import ask_checksums, ask_sha256s, discover, read_config
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.verify import Verifier
 from streamload.plan import LEAST_READ_BYTES, Placements, Plan, plan_reads
 from streamload.report import Recorder
-from streamload.sources import Source, SourceObject
+from streamload.sources import Source, SourceObject, open_source
 
-__all__ = ["PlannedLoad", "effective_reads", "plan_load"]
+__all__ = ["PlannedLoad", "effective_reads", "plan_load", "source_for"]
 
 # Where many connections may bring more, smaller reads let as many work within little memory: two thirds faster from a
 # store that gives each 100 MiB/s. Below the least size, waiting for first bytes costs more than that.
@@ -47,6 +48,16 @@ class PlannedLoad:
     concurrency: int
     most_concurrency: int
     every_rank: tuple[Plan, ...] = ()
+
+
+def source_for(uri: str, options: LoadOptions) -> Source:
+    """Make the source that a URI and the options ask for; see `open_source`.
+
+    Raises:
+        OptionError: Nothing serves the URI.
+    """
+    concurrency = None if options.concurrency == "auto" else options.concurrency
+    return open_source(uri, source=options.source, concurrency=concurrency, **options.for_source())
 
 
 async def plan_load(
@@ -110,12 +121,11 @@ async def plan_load(
             if sum(tensor.nbytes for tensor in file.tensors) == nbytes[file.key]
         ]
         checksums = await ask_checksums(fetcher, whole, most_concurrency)
-    sha256s: dict[str, bytes] = {}
+    sha256s: dict[str, bytes | Sha256 | str] = {}
     if options.verify in ("require", "sha256"):
-        for object in (found.objects[file.key] for file in catalog.files):
-            sha256 = await fetcher.ask(partial(source.sha256, object), key=object.key)
-            if sha256 is not None:
-                sha256s[object.key] = sha256
+        # Where there is a checksum, nothing else is compared.
+        unsummed = [found.objects[file.key] for file in catalog.files if isinstance(checksums.get(file.key), str)]
+        sha256s = await ask_sha256s(fetcher, unsummed, most_concurrency)
     plan = _plan(source, catalog, read_bytes)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
     verifier = Verifier(

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 from streamload.events import OnProgress, Progress
 from streamload.report import Recorder
-from streamload.units import format_bytes, format_seconds
+from streamload.units import format_bytes, format_count, format_seconds
 
 __all__ = ["Watch", "watch"]
 
@@ -114,6 +114,10 @@ def _shown(uri: str, most: int | None = None) -> str:
     return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
 
 
+def _tensors(progress: Progress) -> str:
+    return format_count(progress.total_tensors, "tensor")
+
+
 class _Callback:
     def __init__(self, call: Callable[[Progress], None]) -> None:
         self.show = call
@@ -158,7 +162,7 @@ class _Bar:
             self._task,
             completed=progress.read_bytes,
             total=progress.total_bytes or None,
-            tensors=f"{progress.taken_tensors}/{progress.total_tensors} tensors" if progress.total_tensors else "",
+            tensors=f"{progress.taken_tensors}/{_tensors(progress)}" if progress.total_tensors else "",
             refresh=True,
         )
 
@@ -175,13 +179,13 @@ class _LogLine:
             _logger.info("%s: reading headers, %s so far", self._uri, format_seconds(progress.seconds))
             return
         _logger.info(
-            "%s: %s of %s (%d%%), %d of %d tensors taken, %s so far, %.2f GB/s",
+            "%s: %s of %s (%d%%), %d of %s taken, %s so far, %.2f GB/s",
             self._uri,
             format_bytes(progress.read_bytes),
             format_bytes(progress.total_bytes),
             100 * progress.read_bytes // progress.total_bytes,
             progress.taken_tensors,
-            progress.total_tensors,
+            _tensors(progress),
             format_seconds(progress.seconds),
             progress.read_bytes / progress.seconds / 1e9,
         )

@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeAlias
 
 from streamload.errors import StreamloadError
 from streamload.events import Event, EventKind, OnEvent, Progress
-from streamload.units import format_bytes, format_seconds
+from streamload.units import format_bytes, format_count, format_seconds
 
 __all__ = ["Recorder", "Report", "Stage", "State"]
 
-Stage: TypeAlias = Literal["list", "headers", "read", "copy", "consumer"]
+Stage: TypeAlias = Literal["list", "headers", "read", "pace", "copy", "consumer"]
 State: TypeAlias = Literal["running", "done", "failed", "closed"]
 
 _logger = logging.getLogger("streamload.events")
@@ -26,6 +26,7 @@ _BOTTLENECKS: dict[Stage, str] = {
     "list": "listing the objects",
     "headers": "reading the headers",
     "read": "reading from the source",
+    "pace": "max_bytes_per_s",
     "copy": "copying to the device",
     "consumer": "the consumer, which took tensors more slowly than they came",
 }
@@ -49,7 +50,8 @@ class Report:
         seconds: From the call to the last tensor (so far, while running).
         first_tensor_s: From the call to the first tensor; None before it.
         stages: Seconds during which each stage was at work. Stages overlap, so they add up to more than ``seconds``:
-            ``list``, ``headers``, ``read`` (at least one read in flight), ``copy`` (at least one copy to the device
+            ``list``, ``headers``, ``read`` (at least one read in flight), ``pace`` (at least one read waits because
+            ``max_bytes_per_s`` is used up), ``copy`` (at least one copy to the device
             under way), ``consumer`` (no credit left while finished tensors wait to be taken).
         bottleneck: The stage that held the load back; None before anything was read.
         requests: Requests sent to the source.
@@ -125,14 +127,16 @@ def _lines(report: Report) -> Iterator[str]:
     if report.error:
         yield f"  error          {report.error}"
     whole = report.tensors == report.total_tensors
-    tensors = f"{report.tensors}" if whole else f"{report.tensors} of {report.total_tensors}"
+    tensors = ("" if whole else f"{report.tensors} of ") + format_count(report.total_tensors, "tensor")
+    files = format_count(report.files, "file")
     yield (
-        f"  delivered      {tensors} tensors, {format_bytes(report.nbytes)} from {report.files} files "
+        f"  delivered      {tensors}, {format_bytes(report.nbytes)} from {files} "
         f"in {format_seconds(report.seconds)} ({report.gb_per_s:.2f} GB/s)"
     )
     if report.first_tensor_s is not None:
         yield f"  first tensor   after {format_seconds(report.first_tensor_s)}"
-    stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in report.stages.items())
+    shown = {stage: seconds for stage, seconds in report.stages.items() if seconds or stage != "pace"}
+    stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in shown.items())
     yield f"  time at work   {stages}"
     if report.bottleneck is not None:
         yield f"  held back by   {_BOTTLENECKS[report.bottleneck]}"
@@ -142,7 +146,7 @@ def _lines(report: Report) -> Iterator[str]:
     )
     if report.concurrency:
         found = f", {report.most_concurrency} at most" if report.most_concurrency != report.concurrency else ""
-        yield f"  at once        {report.concurrency} reads{found}"
+        yield f"  at once        {format_count(report.concurrency, 'read')}{found}"
     if report.hedged_bytes:
         yield f"  asked twice    {format_bytes(report.hedged_bytes)} of reads that were late"
     for path, nbytes in report.paths.items():
@@ -239,6 +243,7 @@ class Recorder:
             "list": _Stopwatch(),
             "headers": _Stopwatch(),
             "read": _Stopwatch(),
+            "pace": _Stopwatch(),
             "copy": _Stopwatch(),
             "consumer": _Stopwatch(),
         }
@@ -391,10 +396,11 @@ def _bottleneck(stages: dict[Stage, float]) -> Stage | None:
     """The stage that was alone responsible for the most time.
 
     Reads and copies go on while a slow consumer holds the credit, and reads go on while copies hold the staging memory;
-    so a later stage's time is taken off the earlier one's.
+    so a later stage's time is taken off the earlier one's. Reads go on while others wait for the pace, too.
     """
     alone = dict(stages)
+    alone["pace"] = max(0.0, stages["pace"] - stages["consumer"])
     alone["copy"] = max(0.0, stages["copy"] - stages["consumer"])
-    alone["read"] = max(0.0, stages["read"] - max(stages["copy"], stages["consumer"]))
+    alone["read"] = max(0.0, stages["read"] - max(stages["pace"], stages["copy"], stages["consumer"]))
     stage = max(alone, key=lambda stage: alone[stage])
     return stage if alone[stage] > 0 else None

@@ -134,13 +134,18 @@ def memory_limit(memory_bytes: int | None) -> int:
     return options.memory_bytes
 
 
-def destination_for(uri: str, memory_bytes: int) -> Destination:
+def destination_for(uri: str, memory_bytes: int, *, files: int = 1) -> Destination:
     """What writes to a URI, with requests made again as a load makes them again.
+
+    Args:
+        uri: The folder.
+        memory_bytes: The limit on what is held until it is written.
+        files: How many files one task writes at the same time.
 
     Raises:
         OptionError: Nothing writes there.
     """
-    return open_destination(uri, memory_bytes=memory_bytes, ask=_ask)
+    return open_destination(uri, memory_bytes=memory_bytes, ask=_ask, files=files)
 
 
 async def _ask(call: Callable[[], Awaitable[Any]], key: str) -> Any:

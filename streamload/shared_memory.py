@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Extent", "Memory", "covering", "extent"]
+__all__ = ["Extent", "Memory", "covering", "extent", "has_memory"]
 
 Extent: TypeAlias = "tuple[torch.device, int, int]"
 
@@ -21,6 +21,18 @@ def extent(tensor: torch.Tensor) -> Extent:
         return tensor.device, start, start + tensor.nbytes
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.device, start, start + (last + 1) * tensor.element_size()
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a dense tensor's elements lie anywhere.
+
+    Those of one that only wraps others do not, nor of one whose storage was given back meanwhile, as FSDP does it.
+    """
+    if not tensor.numel():
+        return True
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return tensor.data_ptr() != 0 and needed <= tensor.untyped_storage().nbytes()
 
 
 def covering(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

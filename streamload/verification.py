@@ -160,7 +160,17 @@ async def _find_said(
         said |= {key: file for key, file in manifests[name].items() if name in manifest_names(key)}
     if one:
         return {key: file for key, file in said.items() if key in objects}, set()
-    return said, {key for key in said if key not in objects and key not in listed}
+    gone = {key for key in said if key not in objects and key not in listed}
+    return said, {key for key in gone if _counts(said[key].manifest, key, manifests)}
+
+
+def _counts(manifest: str, key: str, manifests: Mapping[str, Mapping[str, ManifestFile]]) -> bool:
+    """Whether a manifest tells of a file and none that counts more is there, which would tell of it if it was needed.
+
+    A rank that has saved anew, into fewer files, leaves those that are gone in the whole checkpoint's manifest.
+    """
+    names = manifest_names(key)
+    return not any(name in manifests for name in names[1 : names.index(manifest)])
 
 
 class _Comparison:

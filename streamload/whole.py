@@ -15,10 +15,10 @@ from streamload.pipeline.engine import run_in_thread
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.pace import Pace
 from streamload.pipeline.scan import Scan, scan
-from streamload.planning import effective_reads
+from streamload.planning import effective_reads, source_for
 from streamload.progress import watch
 from streamload.report import Recorder
-from streamload.sources import Source, SourceObject, open_source
+from streamload.sources import Source, SourceObject
 from streamload.uris import scrub_uri
 
 __all__ = ["WholeRead"]
@@ -52,8 +52,7 @@ class WholeRead:
         self.name = uri
         self.options: LoadOptions = resolve(cast("dict[str, Any]", options))[0]
         assert self.options.memory_bytes is not None
-        concurrency = None if self.options.concurrency == "auto" else self.options.concurrency
-        self.source: Source = open_source(uri, concurrency=concurrency, **self.options.for_source())
+        self.source: Source = source_for(uri, self.options)
         self.recorder = Recorder(scrub_uri(uri), "none", self.options.memory_bytes, on_event=self.options.on_event)
         pace = None if self.options.max_bytes_per_s is None else Pace(self.options.max_bytes_per_s)
         self.fetcher = Fetcher(self.source, self.recorder, pace=pace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,12 +15,45 @@ from streamload.sinks.dtypes import torch_dtypes
 
 __all__ = [
     "dtypes_in_torch",
+    "freed",
     "raw_checkpoint",
     "read_with_safetensors",
     "same_tensor",
     "varied_tensors",
+    "wrapped",
     "write_sharded",
 ]
+
+
+class _Wrapper(torch.Tensor):
+    """A tensor whose elements are another one's, as those of libraries for quantization are."""
+
+    elements: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> _Wrapper:
+        made: _Wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.elements = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, call: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = call(*(getattr(each, "elements", each) for each in args), **(kwargs or {}))
+        return cls(found) if isinstance(found, torch.Tensor) else found
+
+
+def wrapped() -> torch.Tensor:
+    """A tensor without memory of its own: three ones that are another's."""
+    return _Wrapper(torch.ones(3))
+
+
+def freed() -> torch.Tensor:
+    """A tensor of three elements whose memory was given back, as FSDP does between uses."""
+    tensor = torch.ones(4)[1:]
+    tensor.untyped_storage().resize_(0)
+    return tensor
 
 
 def varied_tensors(seed: int = 0, *, large_bytes: int = 3 << 20) -> dict[str, torch.Tensor]:

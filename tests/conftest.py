@@ -7,12 +7,14 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from huggingface_hub import close_session, constants
 from hypothesis import HealthCheck, settings
 
 from streamload.testing.s3server import S3Server, run_ministack
+from tests.faultproxy import FaultProxy, run_fault_proxy
 from tests.hubserver import Hub, Repository, run_hub
 from tests.servers import S3Bucket
 
@@ -33,6 +35,16 @@ def s3_client(s3_server: S3Server) -> Iterator[Any]:
     """A client for filling buckets, made once: making one takes longer than most tests."""
     with s3_server.client() as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def engine_proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
+    """What stands between Run:ai's engine, which asks as if it asked a proxy, and a server that does not understand."""
+    where = urlsplit(s3_server.endpoint)
+    assert where.hostname is not None
+    assert where.port is not None
+    with run_fault_proxy(where.hostname, where.port, lambda number, head: None) as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -57,12 +58,19 @@ class FaultProxy:
         self.ranges = 0
         self.spoiled = 0
         self.connections = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._server: asyncio.Server | None = None
         self._clients: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
+
+    def cut(self) -> None:
+        """End every connection there is now; from any thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._clients])
 
     async def stop(self) -> None:
         """End every connection, and listen no more."""
@@ -101,7 +109,8 @@ class FaultProxy:
                 elif fault is not None and fault.instead is not None:
                     answer = fault.instead
                 else:
-                    up_writer.write(head)
+                    # Some clients send the whole URL, as to a proxy, and not every server understands that.
+                    up_writer.write(re.sub(rb"^([A-Z]+) http://[^/]+", rb"\1 ", head))
                     answer = await _read_answer(up_reader, head.startswith(b"HEAD "))
                 if fault is None:
                     writer.write(answer)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from email.utils import formatdate, parsedate_to_datetime
@@ -15,7 +16,7 @@ from typing import Literal, cast
 
 from aiohttp import web
 
-__all__ = ["File", "FileServer", "Seen", "answer_range", "cut", "run_server"]
+__all__ = ["File", "FileServer", "Seen", "answer_range", "cut", "run_server", "serve_tunnel"]
 
 # Long ago, so that nobody takes it for a file that is still being written.
 _MODIFIED_S = 1_700_000_000.0
@@ -155,16 +156,21 @@ def run_server(server: FileServer, *, tls: ssl.SSLContext | None = None) -> Iter
         web_server = web.Server(server.answer, access_log=None, handler_cancellation=True)
         runner = web.ServerRunner(web_server)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
-        await site.start()
-        host, port = runner.addresses[0][:2]
+        listening = socket.create_server(("127.0.0.1", 0))
+        await web.SockSite(runner, listening, ssl_context=tls).start()
+        host, port = listening.getsockname()
         server.origin = f"{'http' if tls is None else 'https'}://{host}:{port}"
         started.set_result(asyncio.get_running_loop())
         await end.wait()
-        # Not gracefully: a client that is still connected would be waited for, or its transport left over.
-        for connection in web_server.connections:
-            if connection.transport is not None:
-                connection.transport.abort()
+        # Not gracefully: a client that is still connected would be waited for, or its transport left over. One that has
+        # just been accepted is a task first, and asyncio forgets its socket where the server is closed meanwhile: so
+        # nobody is accepted any more, and then nobody is left, and then it is closed.
+        asyncio.get_running_loop().remove_reader(listening)
+        while asyncio.all_tasks() - {asyncio.current_task()}:
+            for connection in web_server.connections:
+                if connection.transport is not None:
+                    connection.transport.abort()
+            await asyncio.sleep(0)
         await runner.cleanup()
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), name="http-server")
@@ -175,3 +181,45 @@ def run_server(server: FileServer, *, tls: ssl.SSLContext | None = None) -> Iter
     finally:
         loop.call_soon_threadsafe(end.set)
         thread.join()
+
+
+@contextlib.asynccontextmanager
+async def serve_tunnel(port: int) -> AsyncIterator[tuple[str, list[str]]]:
+    """Run a proxy that connects whoever asks to a port of this machine; its address, and what it was asked."""
+    heads: list[str] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+                await asyncio.wait(
+                    [asyncio.create_task(_pass(reader, up_writer)), asyncio.create_task(_pass(up_reader, writer))]
+                )
+            finally:
+                up_writer.transport.abort()
+        finally:
+            tasks.discard(task)
+            writer.transport.abort()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", heads
+    finally:
+        server.close()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Pass bytes on until there are no more, and end the other side then."""
+    with contextlib.suppress(OSError):
+        while piece := await reader.read(1 << 16):
+            writer.write(piece)
+            await writer.drain()
+    writer.transport.abort()

@@ -185,9 +185,8 @@ class TestDevice:
         assert _find(found, "device", "cuda:0").ok
 
     @pytest.mark.torch
-    @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
-    def test_one_that_does_not_exist(self, device: str) -> None:
-        found = _find(streamload.doctor(device=device), "device", device)
+    def test_one_that_does_not_exist(self) -> None:
+        found = _find(streamload.doctor(device="cuda:99"), "device", "cuda:99")
         assert (found.value, found.ok) == ("cannot be used", False)
         assert found.note != ""
 

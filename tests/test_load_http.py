@@ -72,6 +72,12 @@ def test_a_manifest_beside_it_is_found(server: FileServer, folder: Path, tmp_pat
     assert stream.report.verified == {BY_MANIFEST: stream.report.total_bytes}
 
 
+def test_small_files_from_a_server_that_ignores_ranges(server: FileServer, expected: dict[str, torch.Tensor]) -> None:
+    server.ranges = False
+    check(streamload.load(f"{server.origin}/llama"), expected)
+    assert {seen.status for seen in server.seen} == {200, 404}
+
+
 def test_one_file(server: FileServer, folder: Path) -> None:
     check(streamload.load(f"{server.origin}/llama/{NAME}"), streamload.load(folder / NAME))
 

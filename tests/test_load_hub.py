@@ -91,6 +91,20 @@ def test_a_part_of_a_file_has_no_sha256(model: Hub) -> None:
     assert stream.report.verified == {}
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_file_with_a_gap_has_no_sha256_and_the_others_have(
+    model: Hub, folder: Path, expected: dict[str, torch.Tensor], cached: bool
+) -> None:
+    """A gap that is read through from the network is passed over in a file."""
+    if cached:
+        streamload.load("hf://org/model", cache=True)
+    with streamload.stream("hf://org/model", verify="sha256", exclude=["model.layers.2.mlp.up_proj.weight"]) as stream:
+        assert len(dict(stream)) == len(expected) - 1
+    report = stream.report
+    of_shard = streamload.inspect(folder / SHARD).plan.tensor_bytes
+    assert report.verified == {BY_SHA256: sum(tensor.nbytes for tensor in expected.values()) - of_shard}
+
+
 def test_into_the_cache_and_from_it(model: Hub, expected: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """With answers that break off, from the byte that was reached."""
     broken, repository = 0, model.repositories["org/model"]
@@ -136,25 +150,25 @@ def test_the_variables_that_all_of_the_hubs_tools_know(model: Hub, folder: Path,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
     }
 
-    def load(*options: str, **more: str) -> dict[str, Any]:
+    def run(command: str, *options: str, code: int = 0, **more: str) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, "-m", "streamload", "load", *options, "--json", "--quiet"],
+            [sys.executable, "-m", "streamload", command, "hf://org/model", "--json", *options],
             env=environment | more,
             capture_output=True,
             text=True,
             check=False,
             timeout=120,
         )
+        assert done.returncode == code, done.stderr
         assert "hf_secret" not in done.stdout + done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = json.loads(done.stdout or "{}")
         return found
 
-    local = load(str(folder))
-    assert load("hf://org/model", HF_TOKEN="")["state"] == "failed"
-    found = load("hf://org/model", "--cache", "--verify", "sha256")
-    offline = load("hf://org/model", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:1")
-    for report in (found, offline):
-        assert report["state"] == "done", report["error"]
-        assert all(report[name] == local[name] for name in ("tensors", "nbytes", "files"))
-    assert list(offline["paths"]) == ["from the cache"]
+    local = streamload.inspect(folder).to_dict()
+    run("inspect", HF_TOKEN="", code=1)
+    loaded = run("load", "--cache", "--verify", "sha256", "--quiet")
+    assert loaded["state"] == "done"
+    assert loaded["verified"] == {BY_SHA256: local["bytes"]}
+    offline = run("inspect", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:1")
+    assert offline["files"] == local["files"]
     assert (tmp_path / "cache/models--org--model/refs/main").read_text() == repository.refs["main"]

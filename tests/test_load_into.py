@@ -35,7 +35,7 @@ from streamload.pipeline.engine import new_event_loop
 from streamload.sources.base import Source, SourceObject
 from streamload.sources.memory import MemorySource
 from streamload.testing import FaultSource
-from tests.checkpoints import raw_checkpoint, same_tensor, varied_tensors, write_sharded
+from tests.checkpoints import freed, raw_checkpoint, same_tensor, varied_tensors, wrapped, write_sharded
 
 Content = dict[str, bytes]
 UNDEFINED = "the content of the tensors that were to be filled is now undefined"
@@ -232,6 +232,8 @@ def test_a_trained_module_goes_on_training(tmp_path: Path) -> None:
         (torch.zeros(1).expand(3), "is expanded"),
         (torch.zeros(3).to_sparse(), "is not a dense tensor"),
         (nn.UninitializedParameter(), "has no shape"),
+        (wrapped(), "has no memory of its own"),
+        (freed(), "has no memory of its own"),
     ],
 )
 def test_what_has_no_memory_to_fill_is_refused(tmp_path: Path, target: torch.Tensor, problem: str) -> None:

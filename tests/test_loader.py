@@ -172,7 +172,7 @@ def test_tensors_are_the_consumers_own(checkpoint: Path, expected: dict[str, tor
             assert same_tensor(tensor, expected[name])
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "meta", "cuda:x"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_device_that_does_not_exist(device: str, checkpoint: Path) -> None:
     if device.startswith("cuda") and torch.cuda.is_available():
         device = "cuda:99"

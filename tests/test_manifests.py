@@ -174,17 +174,21 @@ def test_a_stale_manifest(checkpoint: Path) -> None:
 
 def test_a_new_manifest_takes_the_place_of_those_of_ranks(tmp_path: Path) -> None:
     for rank in (0, 1):
-        streamload.save_sharded({f"w.{rank}": torch.ones(3)}, tmp_path, rank=rank, world_size=2)
+        tensors = {f"w.{rank}": torch.ones(3), "other": torch.ones(3)}
+        streamload.save_sharded(tensors, tmp_path, rank=rank, world_size=2, max_file_bytes=12)
     assert streamload.verify(tmp_path).ok
     (tmp_path / "streamload-manifest-other.json").write_bytes(b"not of these files")
     streamload.write_manifest(tmp_path)
     manifests = sorted(path.name for path in tmp_path.glob("*.json"))
     assert manifests == ["streamload-manifest-other.json", MANIFEST]
     (tmp_path / "streamload-manifest-other.json").unlink()
-    # One rank saves anew: its own manifest counts more.
+    # One rank saves anew: its own manifest counts more, and tells of fewer files.
     streamload.save_sharded({"w.0": torch.zeros(4)}, tmp_path, rank=0, world_size=2)
     assert streamload.verify(tmp_path).ok
-    streamload.load(tmp_path, verify="require")
+    for rank in (0, 1):
+        assert f"w.{rank}" in streamload.load(tmp_path, rank=rank, world_size=2, verify="require")
+    (tmp_path / "model-rank-1-part-1.safetensors").unlink()
+    assert not streamload.verify(tmp_path).ok
 
 
 def test_a_manifest_elsewhere(checkpoint: Path, tmp_path: Path) -> None:

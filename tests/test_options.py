@@ -50,6 +50,10 @@ class TestLoadOptions:
         [
             {"device": ""},
             {"device": 0},
+            {"device": "meta"},
+            {"device": "cuda:x"},
+            {"device": "cuda:-1"},
+            {"device": "cuda:٣"},
             {"include": "model.*"},
             {"include": b"model.*"},
             {"include": None},
@@ -85,6 +89,10 @@ class TestLoadOptions:
             {"strict_memory": 1},
             {"strict_memory": None},
             {"s3_anonymous": 1},
+            {"source": ""},
+            {"runai_chunk_bytes": 4095},
+            {"runai_request_timeout_s": 0},
+            {"runai_virtual_addressing": "no"},
             {"progress": None},
             {"progress": "yes"},
             {"on_event": 7},
@@ -117,6 +125,10 @@ class TestLoadOptions:
             {"deadline_s": 3},
             {"strict_memory": True},
             {"s3_anonymous": True},
+            {"source": "runai"},
+            {"runai_chunk_bytes": 16 << 20},
+            {"runai_request_timeout_s": 1.5},
+            {"runai_virtual_addressing": False},
             {"progress": print},
             {"on_event": print},
         ],
@@ -170,6 +182,7 @@ class TestRanks:
         assert resolve({"rank": "auto"}, environment)[0].device == "cpu"
         assert resolve({}, environment | {"STREAMLOAD_RANK": "auto"})[0].rank == 3
         assert resolve({"rank": "auto", "world_size": 4}, environment)[0].world_size == 4
+        assert resolve({"rank": "auto", "world_size": None}, environment)[0].world_size == 8
         assert resolve({}, environment)[0].rank is None
         with pytest.raises(OptionError, match="WORLD_SIZE, which is not set"):
             resolve({"rank": "auto"}, {"RANK": "3"})
@@ -197,6 +210,10 @@ class TestResolve:
             "STREAMLOAD_DEADLINE_S": "2.5",
             "STREAMLOAD_VERIFY": "off",
             "STREAMLOAD_S3_ANONYMOUS": "true",
+            "STREAMLOAD_SOURCE": "runai",
+            "STREAMLOAD_RUNAI_CHUNK_BYTES": "16MiB",
+            "STREAMLOAD_RUNAI_REQUEST_TIMEOUT_S": "7.5",
+            "STREAMLOAD_RUNAI_VIRTUAL_ADDRESSING": "no",
             "STREAMLOAD_PROGRESS": "1",
             "STREAMLOAD_HTTP_HEADERS": "X-Token: t",
             "STREAMLOAD_RANK": "5",
@@ -219,6 +236,10 @@ class TestResolve:
             deadline_s=2.5,
             verify="off",
             s3_anonymous=True,
+            source="runai",
+            runai_chunk_bytes=16 * _MIB,
+            runai_request_timeout_s=7.5,
+            runai_virtual_addressing=False,
             progress=True,
             http_headers={"X-Token": "t"},
             rank=5,
@@ -235,6 +256,27 @@ class TestResolve:
             assert origins.pop(name) == "default"
         assert origins.pop("placements") == "default"
         assert origins == {name: f"environment (STREAMLOAD_{name.upper()})" for name in origins}
+
+    @pytest.mark.parametrize(
+        ("variable", "meant"),
+        [
+            ("STREAMLOAD_MEMROY_BYTES", "STREAMLOAD_MEMORY_BYTES"),
+            ("STREAMLOAD_MEMORY", "STREAMLOAD_MEMORY_BYTES"),
+            ("STREAMLOAD_CONCURENCY", "STREAMLOAD_CONCURRENCY"),
+            ("STREAMLOAD_DEADLINE", "STREAMLOAD_DEADLINE_S"),
+            ("STREAMLOAD_verify", "STREAMLOAD_VERIFY"),
+            ("STREAMLOAD_SERVICE_HOST", None),
+            ("STREAMLOAD_PORT_80_TCP_ADDR", None),
+            ("STREAMLOADER_ORDER", None),
+            ("STREAMLOAD_ORDER", None),
+        ],
+    )
+    def test_misspelt_variables_are_told(
+        self, caplog: pytest.LogCaptureFixture, variable: str, meant: str | None
+    ) -> None:
+        _resolve({variable: "file"})
+        warnings = [record.getMessage() for record in caplog.records if record.name == "streamload.options"]
+        assert warnings == ([f"{variable} is no option, and is ignored: is {meant} meant?"] if meant else [])
 
     def test_what_is_given_goes_before_the_environment(self) -> None:
         environment = {"STREAMLOAD_CONCURRENCY": "nonsense", "STREAMLOAD_ORDER": "file"}
@@ -263,6 +305,26 @@ class TestResolve:
     def test_refuses_an_environment_without_meaning(self) -> None:
         with pytest.raises(OptionError, match="concurrency=0"):
             _resolve({"STREAMLOAD_CONCURRENCY": "0"})
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("order", "random"),
+            ("verify", "perhaps"),
+            ("concurrency", "0"),
+            ("memory_bytes", "1"),
+            ("read_bytes", "1"),
+            ("deadline_s", "nan"),
+            ("max_bytes_per_s", "0"),
+            ("device", ""),
+        ],
+    )
+    def test_a_value_without_meaning_names_its_variable(self, name: str, text: str) -> None:
+        variable = f"STREAMLOAD_{name.upper()}"
+        with pytest.raises(OptionError, match=rf"^{variable}='{text}': {name}=.* is not "):
+            _resolve({variable: text})
+        with pytest.raises(OptionError, match=r"^order='random' is not"):
+            resolve({"order": "random"}, {"STREAMLOAD_ORDER": "file"})
 
     def test_refuses_unknown_names(self) -> None:
         with pytest.raises(OptionError, match=r"no option 'devise'; there are device, include"):

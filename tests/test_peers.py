@@ -271,6 +271,15 @@ def test_a_rank_elsewhere_that_gives_no_sign_of_life_counts_as_gone(
     assert caught.value.rank == 1
 
 
+def test_a_rank_that_was_taken_for_gone_hears_of_it(together: Callable[..., list[Peers]]) -> None:
+    ranks = together(2)
+    ranks[0]._tell(1, "it has given no sign of life for 30 s")
+    with pytest.raises(PeerError, match=r"took this one for gone .*: it has given no sign") as caught:
+        ranks[1].finish(30)
+    assert caught.value.rank == 1
+    ranks[1].failed(caught.value)
+
+
 def test_a_process_is_known_by_its_number_and_its_start() -> None:
     own = peers._Identity.own()
     assert own.visible
@@ -307,6 +316,25 @@ def test_a_store_that_is_gone_is_a_rank_that_is_gone(together: Callable[..., lis
     with pytest.raises(PeerError, match="that of rank 0 as a rule, is gone"):
         one.finish()
     one.failed(heard[0])
+
+
+class ClosingStore:
+    """A store whose process goes as soon as all have loaded everything."""
+
+    def __init__(self) -> None:
+        self._store = HashStore()
+
+    def add(self, key: str, count: int) -> int:
+        if key.endswith("/left"):
+            raise RuntimeError("Connection reset by peer")
+        return int(self._store.add(key, count))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_store_that_goes_when_all_have_loaded_spoils_nothing(together: Callable[..., list[Peers]]) -> None:
+    assert run_all(*[each.finish for each in together(3, store=ClosingStore())]) == [None] * 3
 
 
 def test_without_a_process_group_nobody_is_told() -> None:

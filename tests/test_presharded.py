@@ -117,3 +117,13 @@ def test_the_rank_may_be_what_torchrun_says(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(OptionError, match="rank=1 is not a whole number from 0 to 0"):
         streamload.load(tmp_path, rank="auto")
+
+
+def test_one_part_by_its_own_name(tmp_path: Path) -> None:
+    streamload.save_sharded({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path, max_file_bytes=8)
+    part = tmp_path / "model-rank-0-part-1.safetensors"
+    assert set(streamload.load(part)) == {"b"}
+    (tmp_path / "model-rank-0-part-0.safetensors").unlink()
+    assert set(streamload.load(part)) == {"b"}
+    with pytest.raises(CheckpointError, match="part 0 of rank 0 is missing"):
+        streamload.load(tmp_path)

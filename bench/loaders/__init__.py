@@ -13,6 +13,7 @@ from bench.loaders.base import Loader
 _WHERE = {
     "limit": ("bench.loaders.limit", "Limit"),
     "streamload": ("bench.loaders.streamload_", "Streamload"),
+    "streamload-runai": ("bench.loaders.streamload_", "StreamloadRunai"),
     "runai": ("bench.loaders.runai", "Runai"),
     "runai-default": ("bench.loaders.runai", "RunaiDefault"),
     "fastsafetensors": ("bench.loaders.fastsafetensors_", "Fastsafetensors"),

@@ -25,6 +25,7 @@ class Streamload(Loader):
 
     name = "streamload"
     packages: ClassVar[tuple[tuple[str, str], ...]] = (("torch", "torch"), ("streamload", "streamload"))
+    source: ClassVar[str | None] = None
 
     def reason_not(self, job: Job) -> str | None:
         """What this version does not have."""
@@ -54,7 +55,7 @@ class Streamload(Loader):
 
         nbytes = 0
         last = 0.0
-        with streamload.stream(job.uri, device=job.device, memory_bytes=job.memory_bytes) as stream:
+        with streamload.stream(job.uri, device=job.device, memory_bytes=job.memory_bytes, source=self.source) as stream:
             for name, tensor in stream:
                 nbytes += tensor.nbytes
                 took(name, tensor)
@@ -65,7 +66,7 @@ class Streamload(Loader):
         """`streamload.load_into`, as a user calls it."""
         import streamload
 
-        report = streamload.load_into(params, job.uri, memory_bytes=job.memory_bytes)
+        report = streamload.load_into(params, job.uri, memory_bytes=job.memory_bytes, source=self.source)
         if job.device != "cpu":
             import_module("torch").cuda.synchronize()
         return _outcome(job, report.nbytes, now(), report)
@@ -73,7 +74,26 @@ class Streamload(Loader):
     def command(self, job: Job) -> list[str]:
         """``streamload load``, by the interpreter that runs this."""
         limit = f"{job.memory_bytes // MIB}MiB"
-        return [sys.executable, "-m", "streamload", "load", job.uri, "--memory-bytes", limit, "--quiet", "--json"]
+        source = [] if self.source is None else ["--source", self.source]
+        command = [sys.executable, "-m", "streamload", "load", job.uri, "--memory-bytes", limit, "--quiet", "--json"]
+        return command + source
+
+
+class StreamloadRunai(Streamload):
+    """The same, with Run:ai's engine for the reads."""
+
+    name = "streamload-runai"
+    packages: ClassVar[tuple[tuple[str, str], ...]] = (
+        *Streamload.packages,
+        ("runai_model_streamer", "runai-model-streamer[s3]"),
+        ("runai_model_streamer_s3", "runai-model-streamer[s3]"),
+    )
+    source: ClassVar[str | None] = "runai"
+
+    def imports_for(self, job: Job) -> None:
+        super().imports_for(job)
+        for name in ("streamload.sources.runai", "runai_model_streamer.libstreamer.libstreamer"):
+            import_module(name)
 
 
 def _outcome(job: Job, nbytes: int, last: float, report: Any) -> Outcome:

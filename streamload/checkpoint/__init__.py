@@ -4,7 +4,7 @@ from streamload.checkpoint.catalog import build_catalog, select, shard_keys
 from streamload.checkpoint.dtypes import DTYPE_BITS
 from streamload.checkpoint.header import MAX_HEADER_BYTES, HeaderReader, parse_header
 from streamload.checkpoint.index import MAX_INDEX_BYTES, Index, choose_index, parse_index
-from streamload.checkpoint.layout import Entry, lay_out, tensor_bytes
+from streamload.checkpoint.layout import Entry, encode_header, lay_out, tensor_bytes
 from streamload.checkpoint.manifest import (
     BLOCK_BYTES,
     MANIFEST_ALGORITHM,
@@ -49,6 +49,7 @@ __all__ = [
     "build_catalog",
     "check_manifest",
     "choose_index",
+    "encode_header",
     "encode_manifest",
     "is_manifest",
     "lay_out",

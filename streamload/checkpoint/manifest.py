@@ -34,6 +34,7 @@ __all__ = [
     "is_manifest",
     "manifest_name",
     "manifest_names",
+    "manifested_key",
     "parse_manifest",
 ]
 
@@ -195,6 +196,11 @@ class BlockMap:
 def manifest_name(key: str) -> str:
     """What the manifest of a file is called, or of several, that have ``all`` where they differ in a number."""
     return f"{_PREFIX}-{key.rpartition('/')[2].removesuffix(SHARD_SUFFIX)}{_SUFFIX}"
+
+
+def manifested_key(name: str) -> str:
+    """The file that a manifest is called after; the other way round than `manifest_name`."""
+    return name.removeprefix(f"{_PREFIX}-").removesuffix(_SUFFIX) + SHARD_SUFFIX
 
 
 def manifest_names(key: str) -> tuple[str, ...]:

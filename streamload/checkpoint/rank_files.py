@@ -1,8 +1,8 @@
 """The names of a pre-sharded checkpoint's files: which of them are one rank's. No I/O.
 
 A pattern is text with fields in braces: ``tp_rank`` is the rank among those that share each layer (tensor parallelism),
-and ``rank`` another name for it, as in vLLM; ``pp_rank`` is the pipeline stage; ``part`` counts a rank's files. ``{{``
-and ``}}`` are braces.
+and ``rank`` is another name for it, as in vLLM; ``pp_rank`` is the pipeline stage; ``part`` counts a rank's files.
+``{{`` and ``}}`` are braces.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 from string import Formatter
 
 from streamload.checkpoint.index import SHARD_SUFFIX
-from streamload.checkpoint.manifest import manifest_name
+from streamload.checkpoint.manifest import is_manifest, manifest_name, manifested_key
 from streamload.checkpoint.text import brief
 from streamload.errors import CheckpointError, OptionError
 
@@ -119,6 +119,16 @@ class RankFiles:
         """Whether a file is one of this rank's."""
         return self._expression().fullmatch(key) is not None
 
+    def in_order(self, keys: Iterable[str]) -> list[str]:
+        """This rank's files among others, in the order of their parts."""
+        found = ((self._expression().fullmatch(key), key) for key in keys)
+        parts = ((int(match.groupdict().get("part", "0")), key) for match, key in found if match is not None)
+        return [key for _, key in sorted(parts)]
+
+    def is_manifest_of_mine(self, key: str) -> bool:
+        """Whether a file is called as manifests are that tell of this rank's files and of no other's."""
+        return key == self.manifest or (is_manifest(key) and self.is_mine(manifested_key(key)))
+
     def choose(self, keys: Sequence[str]) -> tuple[str, ...] | None:
         """Say which files are this rank's, where the checkpoint is a pre-sharded one.
 
@@ -132,8 +142,8 @@ class RankFiles:
 
         Raises:
             CheckpointError: There are files of other ranks and none of this one; files of ranks that there should not
-                be, since the checkpoint was made for more of them; a part is missing, or there twice; or a pattern was
-                given and nothing matches it.
+                be, since the checkpoint was made for more of them; a part is missing between others, or, under vLLM's
+                names, before them; a part is there twice; or a pattern was given and nothing matches it.
         """
         ranks = list(_ranks(self.effective_pattern, keys))
         if not ranks and self.pattern is None:
@@ -172,6 +182,11 @@ class RankFiles:
                 raise CheckpointError(f"part {part} of rank {self.rank} is there twice: {twice}")
             parts[part] = key
         numbers = sorted(parts)
+        # Under vLLM's names, which begin at 0; a user's own may count from anywhere.
+        if numbers and numbers[0] and self.pattern is None:
+            raise CheckpointError(
+                f"part 0 of rank {self.rank} is missing: the first that is there is {brief(parts[numbers[0]])}"
+            )
         for number, following in pairwise(numbers):
             if following != number + 1:
                 raise CheckpointError(
@@ -212,10 +227,16 @@ def without_rank_files(keys: Sequence[str]) -> tuple[str, ...]:
         The keys; where several ranks have files under vLLM's patterns, those are left out.
 
     Raises:
-        CheckpointError: There is nothing else: the checkpoint is pre-sharded, and it takes a rank to load it.
+        CheckpointError: There is nothing else: the checkpoint is pre-sharded, and it takes a rank to load it; or there
+            are one rank's files, and a part of them is missing.
     """
     for pattern in (RANK_PATTERN, PIPELINE_PATTERN):
         ranks = {tuple(numbers.values()): key for key, numbers in _ranks(pattern, keys)}
+        if len(ranks) == 1:
+            ((*stage, rank),) = ranks
+            # As many stages and ranks as it takes for this one to be among them.
+            stages = stage[0] + 2 if stage else 1
+            RankFiles(rank + sum(stage) * (rank + 1), stages * (rank + 1), stages)._parts(keys)
         if len(ranks) < 2:
             continue
         match = _expression(pattern, {}).fullmatch

@@ -1,4 +1,4 @@
-"""The command line: ``streamload inspect``, ``load``, ``manifest``, ``verify``, ``doctor``."""
+"""The command line: ``streamload inspect``, ``load``, ``shard``, ``manifest``, ``verify``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import streamload
-from streamload.cli import arguments, console, doctor, inspect, load, manifest, verify
+from streamload.cli import arguments, console, doctor, inspect, load, manifest, shard, verify
 from streamload.cli.signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -26,6 +26,7 @@ class _Command(Protocol):
 _COMMANDS: dict[str, _Command] = {
     "inspect": inspect,
     "load": load,
+    "shard": shard,
     "manifest": manifest,
     "verify": verify,
     "doctor": doctor,
@@ -35,6 +36,7 @@ _EXAMPLES = """\
 examples:
   streamload inspect s3://models/llama
   streamload load s3://models/llama --device cuda:0
+  streamload shard s3://models/llama /scratch/llama-tp8 --tp 8
   streamload doctor s3://models/llama"""
 
 
@@ -69,12 +71,11 @@ def _run(argv: Sequence[str] | None, signals: Signals) -> int:
     try:
         with console.log_lines(quiet=getattr(given, "quiet", False)):
             return command.run(given, signals)
-    except streamload.OptionError as error:
-        console.complain(f"error: {error}")
-        return 2
     except streamload.StreamloadError as error:
         console.complain(f"error: {error}")
-        return 1
+        if getattr(given, "json", False) and not getattr(given, "reported", False):
+            console.emit_failure(error)
+        return 2 if isinstance(error, streamload.OptionError) else 1
 
 
 def _parser() -> argparse.ArgumentParser:

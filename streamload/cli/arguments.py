@@ -10,7 +10,18 @@ from typing import Literal, cast
 import streamload
 from streamload.units import parse_bytes
 
-__all__ = ["EXIT_CODES", "add_hub", "add_json", "add_loading", "add_reading", "add_uri", "add_whole", "options_of"]
+__all__ = [
+    "EXIT_CODES",
+    "add_hub",
+    "add_json",
+    "add_loading",
+    "add_memory",
+    "add_reading",
+    "add_sharding",
+    "add_uri",
+    "add_whole",
+    "options_of",
+]
 
 EXIT_CODES = """\
 exit codes:
@@ -27,7 +38,8 @@ def add_uri(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
         "uri",
         metavar="URI",
         nargs="?" if optional else None,
-        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these",
+        help="a directory, s3://bucket/prefix, hf://org/model or https://host/folder; or one file in these; "
+        "runai+s3://... and runai+file://... are read by Run:ai's engine",
     )
 
 
@@ -39,12 +51,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which tensors are read, and how."""
     group = _group(parser, "what is read, and how")
-    group.add_argument(
-        "--include", nargs="+", action="extend", metavar="GLOB", help="only tensors whose names match one of these"
-    )
-    group.add_argument(
-        "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
-    )
+    _add_globs(group)
     _add_reads(group)
     _add_ranks(parser)
 
@@ -52,8 +59,26 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 def add_whole(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how a checkpoint is read of which all is read."""
     group = _group(parser, "how it is read")
-    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_memory(group)
     _add_reads(group)
+
+
+def _add_globs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--include", nargs="+", action="extend", metavar="GLOB", help="only tensors whose names match one of these"
+    )
+    group.add_argument(
+        "--exclude", nargs="+", action="extend", metavar="GLOB", help="no tensors whose names match one of these"
+    )
+
+
+def _add_verify(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--verify",
+        choices=("auto", "off", "require", "sha256"),
+        help="check content against a manifest and the source's checksums, do not, fail where something has neither, "
+        "or compare the SHA-256 that the Hub keeps, too",
+    )
 
 
 def _add_reads(group: argparse._ArgumentGroup) -> None:
@@ -62,6 +87,7 @@ def _add_reads(group: argparse._ArgumentGroup) -> None:
         "--max-bytes-per-s", type=_nbytes, metavar="N", help="take no more than this a second, such as 500MB"
     )
     group.add_argument("--concurrency", type=_number_or_auto, metavar="N", help="how many reads are in flight, or auto")
+    group.add_argument("--source", metavar="NAME", help="what serves the URI, whatever its scheme: runai, for example")
     group.add_argument(
         "--s3-anonymous", action=argparse.BooleanOptionalAction, help="ask S3 without credentials, for a public bucket"
     )
@@ -80,6 +106,37 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pp-size", type=int, metavar="N", help="so many pipeline stages have a range of the layers each (default 1)"
     )
+    _add_placements(group)
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="what the files of a pre-sharded checkpoint are called, over {rank}, {tp_rank}, {pp_rank} and {part}; "
+        "vLLM's names if not given",
+    )
+
+
+def add_sharding(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a checkpoint is converted to."""
+    group = _group(parser, "what is made")
+    group.add_argument("--tp", type=int, required=True, metavar="N", help="how many ranks share each layer")
+    group.add_argument("--pp", type=int, default=1, metavar="N", help="how many pipeline stages there are (default 1)")
+    group.add_argument(
+        "--max-file-bytes",
+        type=_nbytes,
+        metavar="N",
+        help="how many bytes of tensors a file may hold, such as 2GiB (default 5GiB)",
+    )
+    _add_placements(group)
+    group.add_argument(
+        "--pattern",
+        metavar="NAME",
+        help="what the files are called, over {rank}, {tp_rank}, {pp_rank} and {part}; vLLM's names if not given",
+    )
+    _add_globs(group)
+    _add_verify(group)
+
+
+def _add_placements(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--expert-parallel",
         action=argparse.BooleanOptionalAction,
@@ -94,12 +151,6 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--uneven", choices=("error", "ceil"), help="what to do where a size is not a multiple of the number of ranks"
-    )
-    group.add_argument(
-        "--pattern",
-        metavar="NAME",
-        help="what the files of a pre-sharded checkpoint are called, over {rank}, {tp_rank}, {pp_rank} and {part}; "
-        "vLLM's names if not given",
     )
 
 
@@ -119,11 +170,20 @@ def add_hub(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add ``--memory-bytes`` by itself, for what plans a load and makes none: reads are smaller where memory is."""
+    _add_memory(_group(parser, "how much memory"))
+
+
+def _add_memory(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+
+
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options that say where tensors go."""
     group = _group(parser, "where tensors go")
     group.add_argument("--device", metavar="DEVICE", help="cpu (the default), cuda, cuda:1")
-    group.add_argument("--memory-bytes", type=_nbytes, metavar="N", help="the limit on bytes under way, such as 256MiB")
+    _add_memory(group)
     group.add_argument(
         "--strict-memory",
         action=argparse.BooleanOptionalAction,
@@ -132,12 +192,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--order", choices=("completion", "file"), help="hand tensors out as they are complete, or as they lie in files"
     )
-    group.add_argument(
-        "--verify",
-        choices=("auto", "off", "require", "sha256"),
-        help="check content against a manifest and the source's checksums, do not, fail where something has neither, "
-        "or compare the SHA-256 that the Hub keeps, too",
-    )
+    _add_verify(group)
 
 
 def options_of(arguments: argparse.Namespace) -> streamload.Options:

@@ -7,12 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import streamload
 
-__all__ = ["complain", "emit", "emit_json", "flush", "log_lines", "printable"]
+__all__ = ["complain", "emit", "emit_failure", "emit_json", "flush", "log_lines", "printable"]
 
 
 def emit(text: str) -> None:
@@ -40,6 +40,13 @@ def emit(text: str) -> None:
 def emit_json(result: dict[str, Any]) -> None:
     """Write a result to stdout as one line of JSON."""
     emit(json.dumps(result))
+
+
+def emit_failure(error: streamload.StreamloadError) -> None:
+    """Write an error to stdout as one line of JSON, in the place of a result that there is none of."""
+    where = {name: getattr(error, name) for name in ("uri", "object", "start", "end", "attempts", "cause")}
+    with suppress(streamload.StreamloadError):  # that stdout cannot be written to may be the error itself
+        emit_json({"error": str(error), "kind": type(error).__name__, **where})
 
 
 def flush() -> None:

@@ -33,6 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     arguments.add_json(parser)
     arguments.add_reading(parser)
     arguments.add_hub(parser)
+    arguments.add_memory(parser)
 
 
 def run(given: argparse.Namespace, signals: Signals) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 
 import streamload
@@ -59,15 +57,13 @@ def run(given: argparse.Namespace, signals: Signals) -> int:
     if given.trace is not None:
         _check_trace(Path(given.trace))
         options["on_event"] = trace = streamload.Trace()
-    # The load's clock starts with it. Where torch is missing, the load says so.
-    with suppress(Exception):
-        import_module("torch")
     load = _Load(signals)
     try:
         asyncio.run(load.run(given.uri, options))
     finally:
         traced = True
         if load.report is not None:
+            given.reported = True
             _show(load.report, as_json=given.json)
             traced = trace is None or _write(trace, given.trace)
     return 0 if traced else 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from streamload.checkpoint import (
     MAX_INDEX_BYTES,
@@ -22,7 +23,7 @@ from streamload.checkpoint import (
     shard_keys,
 )
 from streamload.checkpoint.rank_files import RankFiles, without_rank_files
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.errors import (
     CheckpointError,
     IndexFileError,
@@ -33,12 +34,23 @@ from streamload.errors import (
 )
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
-from streamload.pipeline.manifests import find_manifests
+from streamload.pipeline.manifests import find_manifests, is_one_file
 from streamload.pipeline.verify import NOT_KEPT
 from streamload.report import Recorder
 from streamload.sources.base import SourceObject
 
-__all__ = ["Discovered", "Shards", "ask_checksums", "discover", "find_shards", "read_config", "read_header"]
+__all__ = [
+    "Discovered",
+    "Shards",
+    "ask_checksums",
+    "ask_sha256s",
+    "discover",
+    "find_shards",
+    "read_config",
+    "read_header",
+]
+
+T = TypeVar("T")
 
 # The first read of a file. Nearly all headers are shorter (the Hub's own client reads 100 kB and finds 97 % of them
 # whole), and on an object store so much costs hardly more than a byte.
@@ -174,7 +186,8 @@ async def find_shards(
         presharded = keys is not None
         index = None if presharded else await _read_index(fetcher, recorder, listed)
         if keys is None:
-            names = names if all_ranks or index is not None else without_rank_files(names)
+            ordinary = all_ranks or index is not None or is_one_file(fetcher.source.uri, listed)
+            names = names if ordinary else without_rank_files(names)
             keys = shard_keys(names, index, all_listed=fetcher.source.lists_folders)
         objects = await _find(fetcher, keys, listed, index, concurrency)
     # Until it is known what of it is wanted.
@@ -217,17 +230,36 @@ async def ask_checksums(
         ObjectChangedError: An object is not the version that was listed.
         TransientError: The source failed again and again.
     """
+    found = await _ask_each(fetcher, objects, concurrency, fetcher.source.checksum, "checksum")
+    return {key: checksum or NOT_KEPT for key, checksum in found.items()}
+
+
+async def ask_sha256s(
+    fetcher: Fetcher, objects: Iterable[SourceObject], concurrency: int
+) -> dict[str, bytes | Sha256 | str]:
+    """The same for what the source keeps as their SHA-256; objects of which it keeps none are left out."""
+    found = await _ask_each(fetcher, objects, concurrency, fetcher.source.sha256, "SHA-256")
+    return {key: sha256 for key, sha256 in found.items() if sha256 is not None}
+
+
+async def _ask_each(
+    fetcher: Fetcher,
+    objects: Iterable[SourceObject],
+    concurrency: int,
+    call: Callable[[SourceObject], Awaitable[T]],
+    what: str,
+) -> dict[str, T | str]:
+    """An answer for each object, or why there is none."""
     slots = asyncio.Semaphore(concurrency)
 
-    async def ask(object: SourceObject) -> Checksum | PartChecksums | str:
+    async def ask(object: SourceObject) -> T | str:
         async with slots:
             try:
-                found = await fetcher.ask(lambda: fetcher.source.checksum(object), key=object.key)
+                return await fetcher.ask(lambda: call(object), key=object.key)
             except (ObjectChangedError, TransientError):
                 raise
             except SourceError as error:
-                return f"its checksum could not be had: {error.cause}"
-        return found or NOT_KEPT
+                return f"its {what} could not be had: {error.cause}"
 
     async with asyncio.TaskGroup() as group:
         tasks = {object.key: group.create_task(ask(object)) for object in objects}

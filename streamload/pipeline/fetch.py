@@ -99,7 +99,8 @@ class Fetcher:
 
     async def _keep_pace(self, nbytes: int) -> None:
         if self._pace is not None and (wait_s := self._pace.wait_s(self._clock(), nbytes)) > 0:
-            await self._sleep(wait_s)
+            with self._recorder.stage("pace"):
+                await self._sleep(wait_s)
 
     async def _back_off(
         self, error: StreamloadError, attempts: int, failures: int, loan: Loan | None, lane: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from streamload.checkpoint import ManifestFile
-from streamload.checksums import Algorithm, Checksum, PartChecksums, PartialChecksum, RunningChecksum, combined
+from streamload.checksums import Algorithm, Checksum, PartChecksums, PartialChecksum, RunningChecksum, Sha256, combined
 from streamload.errors import ChecksumError, ManifestError
 from streamload.loan import Loan
 from streamload.pipeline.blocks import BlockVerifier
@@ -19,6 +19,7 @@ from streamload.report import Recorder
 __all__ = ["BY_MANIFEST", "BY_SHA256", "NOT_KEPT", "NOT_WHOLE", "PARTLY_READ", "SLICED", "SWITCHED_OFF", "Verifier"]
 
 BY_SHA256 = "SHA-256 of the whole object"
+_BY_SHA256S = "SHA-256 of each uploaded part"
 BY_MANIFEST = "CRC64NVME of each block, by a manifest"
 
 NOT_KEPT = "the source keeps no checksum of the whole object that parts could be combined to"
@@ -77,18 +78,20 @@ class _Digested:
     Attributes:
         digest: What sums it up.
         tensor_bytes: Of its tensors.
+        by: What it is compared with.
         header: What comes first; None once it was summed up.
     """
 
     digest: OrderedDigest
     tensor_bytes: int
+    by: str
     header: bytes | None
 
 
 def _in_order(reads: Sequence[Read], start: int, end: int) -> bool:
-    """Whether reads are all of a range, one behind the other."""
+    """Whether reads bring all of a range, one behind the other. What is in a gap need not be brought."""
     for read in reads:
-        if read.start != start:
+        if read.start != start or read.gap_bytes:
             return False
         start = read.end
     return start == end
@@ -110,7 +113,7 @@ class Verifier:
         headers: The objects' headers, their eight bytes of length included, by key.
         recorder: Told how many bytes were verified, by what, and how many not, and why.
         manifests: What manifests say of the files, by key; each fits its file.
-        sha256s: The SHA-256 of files' content, by key, which are compared where nothing else is.
+        sha256s: The SHA-256 of files' content, by key, which are compared where nothing else is; or why there is none.
         off: Whether nothing is to be verified.
         required: Whether everything has to be.
 
@@ -127,7 +130,7 @@ class Verifier:
         recorder: Recorder,
         *,
         manifests: Mapping[str, ManifestFile] | None = None,
-        sha256s: Mapping[str, bytes] | None = None,
+        sha256s: Mapping[str, bytes | Sha256 | str] | None = None,
         off: bool = False,
         required: bool = False,
     ) -> None:
@@ -156,14 +159,18 @@ class Verifier:
             if not isinstance(checksum, str) and planned_bytes + file.header_bytes != file.size_bytes:
                 checksum = NOT_WHOLE
             reads = [read for batch in of_file for read in batch.reads]
-            if (
-                isinstance(checksum, str)
-                and file.key in sha256s
-                and _in_order(reads, file.header_bytes, file.size_bytes)
-            ):
-                digest = OrderedDigest(sha256s[file.key], file.size_bytes)
-                self._digests[file.key] = _Digested(digest, tensor_bytes, headers[file.key])
-            elif isinstance(checksum, str):
+            if isinstance(checksum, str) and file.key in sha256s:
+                sha256 = sha256s[file.key]
+                if isinstance(sha256, str):
+                    checksum = sha256
+                elif not _in_order(reads, file.header_bytes, file.size_bytes):
+                    checksum = NOT_WHOLE
+                else:
+                    digest = OrderedDigest(sha256, file.size_bytes)
+                    by = BY_SHA256 if isinstance(sha256, bytes) else _BY_SHA256S
+                    self._digests[file.key] = _Digested(digest, tensor_bytes, by, headers[file.key])
+                    continue
+            if isinstance(checksum, str):
                 self._leave(tensor_bytes, checksum, key=file.key, required=required)
             else:
                 self._watched[file.key] = _Watched(checksum, file.size_bytes, tensor_bytes)
@@ -209,10 +216,14 @@ class Verifier:
         if not nbytes:
             return
         if required:
+            # Where not all of a block is read, another manifest would not help.
+            helps = (
+                "verify='auto' loads them"
+                if reason in (PARTLY_READ, SLICED)
+                else "`streamload manifest` writes what does"
+            )
             raise ChecksumError(
-                f"verify is 'require', and nothing vouches for {nbytes} bytes: {reason}; `streamload manifest` writes "
-                "what does",
-                object=key,
+                f"verify is 'require', and nothing vouches for {nbytes} bytes: {reason}; {helps}", object=key
             )
         self._recorder.unverified(nbytes, reason)
 
@@ -257,7 +268,7 @@ class Verifier:
                 header, digested.header = digested.header, None
                 await digested.digest.add(0, [memoryview(header)])
             if await digested.digest.add(start, loan.views):
-                self._recorder.verified(digested.tensor_bytes, BY_SHA256)
+                self._recorder.verified(digested.tensor_bytes, digested.by)
         except ChecksumError as error:
             raise error.locate(object=key) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streamload.plan.conversion import Conversion, Span
 from streamload.plan.placement import Absent, Experts, PackedShard, Placement, Ranks, Replicate, Shard
 from streamload.plan.placements import Placements
 from streamload.plan.planner import LEAST_READ_BYTES, plan_reads
@@ -12,6 +13,7 @@ __all__ = [
     "LEAST_READ_BYTES",
     "Absent",
     "Batch",
+    "Conversion",
     "Experts",
     "PackedShard",
     "Piece",
@@ -23,6 +25,7 @@ __all__ = [
     "Read",
     "Replicate",
     "Shard",
+    "Span",
     "Uneven",
     "plan_reads",
     "slice_tensor",

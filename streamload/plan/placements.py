@@ -5,9 +5,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from streamload.checkpoint import Catalog, TensorInfo
 from streamload.errors import OptionError
@@ -15,7 +15,10 @@ from streamload.plan.names import layer_name
 from streamload.plan.placement import Absent, Placement, Ranks, Replicate
 from streamload.plan.slices import Uneven, slice_tensor
 
-__all__ = ["Placements", "RuledPlacements", "one_expert"]
+__all__ = ["Placements", "RuledPlacements", "Slicer", "one_expert"]
+
+Slicer: TypeAlias = Callable[[TensorInfo], TensorInfo | None]
+"""From a whole tensor to what one rank has of it."""
 
 # Outside the layers: what the first stage of a pipeline needs, and what the last one does.
 _FIRST = re.compile(r"embed_tokens\..+")
@@ -72,19 +75,38 @@ class Placements(ABC):
             OptionError: A tensor's placement is not known, or it cannot be shared out; the error names the tensor.
         """
         names = [tensor.name for file in (whole or catalog).files for tensor in file.tensors]
-        stages = _Stages(names, ranks, self.layers)
-        bound = self.bind(names)
+        slice_of = self.slicer(names, ranks, uneven=uneven)
         files = []
         for file in catalog.files:
-            sliced = []
-            for tensor in file.tensors:
-                # Before the stage is looked at: what is not known is an error on every rank, not on one of them.
-                placement = bound.of(tensor, ranks, uneven)
-                if stages.has(tensor.name) and (found := slice_tensor(tensor, placement, ranks, uneven=uneven)):
-                    sliced.append(found)
+            sliced = [found for tensor in file.tensors if (found := slice_of(tensor)) is not None]
             if sliced:
                 files.append(replace(file, tensors=tuple(sorted(sliced, key=lambda part: (part.start, part.end)))))
         return Catalog(tuple(files))
+
+    def slicer(self, names: Sequence[str], ranks: Ranks, *, uneven: Uneven = "error") -> Slicer:
+        """What cuts a rank's slice out of each tensor of a checkpoint.
+
+        Args:
+            names: Of all its tensors, as for `slice`.
+            ranks: Which rank asks.
+            uneven: As for `slice`.
+
+        Returns:
+            A function from a whole tensor to the rank's slice of it, or None where it has nothing of it; it raises what
+            `slice` raises.
+
+        Raises:
+            OptionError: There are more pipeline stages than layers.
+        """
+        stages = _Stages(list(names), ranks, self.layers)
+        bound = self.bind(names)
+
+        def slice_of(tensor: TensorInfo) -> TensorInfo | None:
+            # Before the stage is looked at: what is not known is an error on every rank, not on one of them.
+            placement = bound.of(tensor, ranks, uneven)
+            return slice_tensor(tensor, placement, ranks, uneven=uneven) if stages.has(tensor.name) else None
+
+        return slice_of
 
     @staticmethod
     def from_rules(rules: Mapping[str, Placement] | Iterable[tuple[str, Placement]]) -> Placements:

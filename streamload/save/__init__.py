@@ -23,13 +23,14 @@ async def _ask_once(call: Callable[[], Awaitable[Any]], key: str) -> Any:
     return await call()
 
 
-def open_destination(uri: str, *, memory_bytes: int, ask: Ask = _ask_once) -> Destination:
+def open_destination(uri: str, *, memory_bytes: int, ask: Ask = _ask_once, files: int = 1) -> Destination:
     """Make what writes into the folder that a URI names. Nothing is opened, requested or created yet.
 
     Args:
         uri: A path, a ``file://`` URI, or ``s3://bucket/prefix``.
         memory_bytes: The limit on what is held in memory until it is written.
         ask: Makes a request again where that is worth it; by default, nothing is tried twice.
+        files: How many files one task writes at the same time.
 
     Raises:
         OptionError: Nothing writes to such a URI, or it makes no sense.
@@ -38,6 +39,6 @@ def open_destination(uri: str, *, memory_bytes: int, ask: Ask = _ask_once) -> De
     if scheme not in _BUILT_IN:
         raise OptionError(f"nothing can be written to {scheme}://; known are: {', '.join(sorted(_BUILT_IN))}", uri=uri)
     module, name = _BUILT_IN[scheme]
-    destination = getattr(import_module(module), name)(uri, memory_bytes=memory_bytes, ask=ask)
+    destination = getattr(import_module(module), name)(uri, memory_bytes=memory_bytes, ask=ask, files=files)
     assert isinstance(destination, Destination)
     return destination

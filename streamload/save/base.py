@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from streamload.uris import scrub_uri
 
-__all__ = ["Ask", "Destination", "NewFile"]
+__all__ = ["NOTHING_KEPT", "Ask", "Destination", "NewFile"]
+
+
+NOTHING_KEPT: Mapping[str, dict[str, Any]] = {}
 
 
 class Ask(Protocol):
@@ -36,7 +40,10 @@ class NewFile(ABC):
     Attributes:
         name: What it will be called.
         size_bytes: How long it will be.
+        published: Whether it is under its name; where it is, `publish` does nothing.
     """
+
+    published = False
 
     def __init__(self, name: str, size_bytes: int) -> None:
         self.name = name
@@ -67,6 +74,22 @@ class NewFile(ABC):
         """
 
     @abstractmethod
+    async def keep(self) -> dict[str, Any] | None:
+        """Make sure that what was written so far outlasts this process.
+
+        Returns:
+            What `Destination.reopen` needs to go on with it, ready for JSON; None where the file has to be written from
+            its beginning, since it is not finished.
+
+        Raises:
+            SourceError: It cannot be done; located.
+        """
+
+    @abstractmethod
+    async def leave(self) -> None:
+        """Let go of the file, but leave there what was kept of it."""
+
+    @abstractmethod
     async def discard(self) -> None:
         """Leave nothing of it, under its name or any other. May be called at any time, and twice.
 
@@ -81,9 +104,12 @@ class Destination(ABC):
     Attributes:
         uri: The URI as the caller gave it, without credentials.
         concurrency: How many files are worth being written at once.
+        held_bytes: How much of the memory each file needs that is being written. One task that writes several in turn
+            waits for ever where there is not so much for each of them, and once more.
     """
 
     concurrency: int = 4
+    held_bytes: int = 0
 
     def __init__(self, uri: str) -> None:
         self.uri = scrub_uri(uri)
@@ -97,11 +123,24 @@ class Destination(ABC):
         await self.aclose()
 
     @abstractmethod
-    async def prepare(self, mine: Callable[[str], bool]) -> list[str]:
+    async def claim(self, name: str) -> None:
+        """Make the folder where it is missing, and have it refuse everybody else who claims it under this name.
+
+        It ends with `aclose`, or with the process. Only some places can refuse: an object store cannot.
+
+        Raises:
+            SourceError: Somebody else has claimed it, or the folder cannot be written to.
+        """
+
+    @abstractmethod
+    async def prepare(
+        self, mine: Callable[[str], bool], kept: Mapping[str, dict[str, Any]] = NOTHING_KEPT
+    ) -> list[str]:
         """Make the folder where it is missing, and clear up what interrupted saves have left of certain files.
 
         Args:
             mine: Which names are meant.
+            kept: By name, what `NewFile.keep` said of those that are to stay.
 
         Returns:
             The names of that kind under which there are files.
@@ -121,6 +160,32 @@ class Destination(ABC):
         Raises:
             SourceError: It cannot be written.
         """
+
+    @abstractmethod
+    async def reopen(self, name: str, size_bytes: int, kept: Mapping[str, Any]) -> NewFile | None:
+        """Go on with a file that another process has begun.
+
+        Args:
+            name: What it will be called.
+            size_bytes: How long it will be.
+            kept: What `NewFile.keep` said of it.
+
+        Returns:
+            The file as it was then, or published since; None where that is not there any more.
+
+        Raises:
+            SourceError: It cannot be said; located.
+        """
+
+    async def write_all(self, pieces: Sequence[tuple[NewFile, memoryview]]) -> None:
+        """Append bytes to several files, each of them once. They may change again when this returns.
+
+        Raises:
+            SourceError: They cannot be written; located.
+        """
+        async with asyncio.TaskGroup() as group:
+            for file, data in pieces:
+                group.create_task(file.write(data))
 
     @abstractmethod
     async def remove(self, name: str) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from streamload.errors import SourceError
-from streamload.save.base import Ask, Destination, NewFile
+from streamload.save.base import NOTHING_KEPT, Ask, Destination, NewFile
 from streamload.sources.local import path_of
 from streamload.sources.os_errors import translate_os_error
 from streamload.sources.threads import DaemonExecutor, ThreadCall
@@ -25,6 +26,12 @@ _PREFIX, _SUFFIX = ".", ".streamload-unfinished"
 
 # A cancelled save waits for the call that is under way, so one call must be short.
 _MAX_CALL_BYTES = 8 << 20
+
+# Long enough that a disk writes it in one go.
+_FLUSHED_BYTES = 8 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+# Not in every C library.
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 
 # How long to wait for a call that hangs, on a mount that is dead perhaps.
 _GRACE_S = 10.0
@@ -46,15 +53,27 @@ class LocalDestination(Destination):
         uri: A path, or a ``file://`` URI.
         memory_bytes: Nothing is held here.
         ask: Nothing is tried twice here: a disk that is full stays so.
+        files: Any number is written at the same time.
     """
 
-    def __init__(self, uri: str, *, memory_bytes: int, ask: Ask) -> None:
+    def __init__(self, uri: str, *, memory_bytes: int, ask: Ask, files: int = 1) -> None:
         super().__init__(uri)
         self._path = path_of(uri)
+        self._claimed: _LocalFile | None = None
         self._threads = DaemonExecutor(self.concurrency, name="streamload-write")
 
-    async def prepare(self, mine: Callable[[str], bool]) -> list[str]:
-        return await self.run(lambda: _prepare(self._path, mine), None)
+    async def claim(self, name: str) -> None:
+        if self._claimed is not None:
+            await self._claimed.discard()
+        await self.run(lambda: os.makedirs(self._path, exist_ok=True), None)
+        # A file that is locked until the end, and never published.
+        self._claimed = _LocalFile(self, self._path, name, 0)
+        await self.run(self._claimed.open, None)
+
+    async def prepare(
+        self, mine: Callable[[str], bool], kept: Mapping[str, dict[str, Any]] = NOTHING_KEPT
+    ) -> list[str]:
+        return await self.run(lambda: _prepare(self._path, mine, kept), None)
 
     async def create(self, name: str, size_bytes: int) -> NewFile:
         file = _LocalFile(self, self._path, name, size_bytes)
@@ -64,6 +83,23 @@ class LocalDestination(Destination):
             await file.discard()
             raise
         return file
+
+    async def reopen(self, name: str, size_bytes: int, kept: Mapping[str, Any]) -> NewFile | None:
+        file = _LocalFile(self, self._path, name, size_bytes)
+        there = await self.run(lambda: file.reopen(kept), name)
+        return file if there else None
+
+    async def write_all(self, pieces: Sequence[tuple[NewFile, memoryview]]) -> None:
+        def write() -> None:
+            for file, data in pieces:
+                assert isinstance(file, _LocalFile)
+                try:
+                    file.append(data)
+                except OSError as error:
+                    raise translate_os_error(error, uri=self.uri, object=file.name) from error
+
+        # On one thread: to wake one for each piece takes longer than to write it.
+        await self.run(write, None)
 
     async def remove(self, name: str) -> None:
         await self.run(lambda: _unlink(os.path.join(self._path, name)), name)
@@ -89,6 +125,9 @@ class LocalDestination(Destination):
             raise SourceError(str(error), uri=self.uri, object=name) from error
 
     async def aclose(self) -> None:
+        claimed, self._claimed = self._claimed, None
+        if claimed is not None:
+            await claimed.discard()
         self._threads.shutdown(wait=False, cancel_futures=True)
         ended = asyncio.wrap_future(self._threads.ended)
         await asyncio.wait({ended}, timeout=_GRACE_S)
@@ -107,10 +146,13 @@ class _LocalFile(NewFile):
         self._unfinished = os.path.join(path, f"{_PREFIX}{name}{_SUFFIX}")
         self._fd: int | None = None
         self._position = 0
-        self._published = False
+        # Up to where the disk was asked to begin.
+        self._flushing = 0
+        # Whether the unfinished file is ours: after `leave` too.
+        self._begun = False
 
-    def open(self) -> None:
-        """On a thread: have the file, empty and locked."""
+    def open(self, kept_bytes: int = 0) -> None:
+        """On a thread: have the file, locked, and without what lies beyond some first bytes."""
         while self._fd is None:
             fd = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
@@ -119,23 +161,43 @@ class _LocalFile(NewFile):
                 # Who had it locked may have renamed or removed it meanwhile.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(fd), os.stat(self._unfinished)):
-                        os.ftruncate(fd, 0)
+                        os.ftruncate(fd, kept_bytes)
                         self._fd, fd = fd, -1
+                        self._position, self._begun = kept_bytes, True
             finally:
                 if fd >= 0:
                     os.close(fd)
 
+    def reopen(self, kept: Mapping[str, Any]) -> bool:
+        """On a thread: have the file as it was kept, or as it was published since; whether it is there."""
+        nbytes, inode = kept.get("bytes"), kept.get("inode")
+        if type(nbytes) is not int or not 0 <= nbytes <= self.size_bytes:
+            return False
+        with suppress(FileNotFoundError):
+            status = os.stat(self._unfinished, follow_symlinks=False)
+            if status.st_ino == inode and status.st_size >= nbytes:
+                self.open(nbytes)
+                return True
+        with suppress(FileNotFoundError):
+            status = os.stat(self._final)
+            self.published = status.st_ino == inode and status.st_size == nbytes == self.size_bytes
+        return self.published
+
     async def write(self, data: memoryview) -> None:
         for start in range(0, data.nbytes, _MAX_CALL_BYTES):
             piece = data[start : start + _MAX_CALL_BYTES]
-            await self._folder.run(lambda piece=piece: self._write(piece), self.name)  # type: ignore[misc]
+            await self._folder.run(lambda piece=piece: self.append(piece), self.name)  # type: ignore[misc]
 
-    def _write(self, data: memoryview) -> None:
+    def append(self, data: memoryview) -> None:
+        """On a thread: write the next bytes."""
         assert self._fd is not None
         while data.nbytes:
             written = os.pwrite(self._fd, data, self._position)
             self._position += written
             data = data[written:]
+        if self._position - self._flushing >= _FLUSHED_BYTES:
+            _begin_flush(self._fd, self._flushing, self._position - self._flushing)
+            self._flushing = self._position
 
     async def finish(self) -> None:
         if self._position != self.size_bytes:
@@ -147,25 +209,40 @@ class _LocalFile(NewFile):
         os.fsync(self._fd)
 
     async def publish(self) -> None:
-        await self._folder.run(self._publish, self.name)
+        if not self.published:
+            await self._folder.run(self._publish, self.name)
 
     def _publish(self) -> None:
         os.rename(self._unfinished, self._final)
-        self._published = True
+        self.published = True
         self._close()
         _sync_folder(self._parent)
+
+    async def keep(self) -> dict[str, Any] | None:
+        return await self._folder.run(self._keep, self.name)
+
+    def _keep(self) -> dict[str, Any]:
+        assert self._fd is not None
+        os.fsync(self._fd)
+        return {"bytes": self._position, "inode": os.fstat(self._fd).st_ino}
+
+    async def leave(self) -> None:
+        await self._folder.run(self._close, self.name)
 
     async def discard(self) -> None:
         await self._folder.run(self._discard, self.name)
 
     def _discard(self) -> None:
-        if self._published:
-            self._published = False
+        if self.published:
+            self.published = False
             _unlink(self._final)
-        elif self._fd is not None:
-            # Before it is unlocked: afterwards it may be another save's.
-            _unlink(self._unfinished)
-            self._close()
+        elif self._begun:
+            try:
+                # Before it is unlocked: afterwards it may be another save's.
+                _unlink(self._unfinished)
+            finally:
+                self._close()
+        self._begun = False
 
     def _close(self) -> None:
         fd, self._fd = self._fd, None
@@ -173,14 +250,16 @@ class _LocalFile(NewFile):
             os.close(fd)
 
 
-def _prepare(path: str, mine: Callable[[str], bool]) -> list[str]:
+def _prepare(path: str, mine: Callable[[str], bool], kept: Collection[str]) -> list[str]:
     os.makedirs(path, exist_ok=True)
     there: list[str] = []
     for name in sorted(os.listdir(path)):
         if mine(name):
             there.append(name)
-        elif name.startswith(_PREFIX) and name.endswith(_SUFFIX) and mine(name[len(_PREFIX) : -len(_SUFFIX)]):
-            _remove_unlocked(os.path.join(path, name))
+        elif name.startswith(_PREFIX) and name.endswith(_SUFFIX):
+            meant = name[len(_PREFIX) : -len(_SUFFIX)]
+            if mine(meant) and meant not in kept:
+                _remove_unlocked(os.path.join(path, name))
     return there
 
 
@@ -212,6 +291,13 @@ def _lock(fd: int) -> bool:
 def _unlink(path: str) -> None:
     with suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def _begin_flush(fd: int, start: int, nbytes: int) -> None:
+    """Have the kernel begin to write to the disk, and not wait for it: then there is less to wait for at the end."""
+    # What it says is of no interest: it is advice, and fsync comes all the same.
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(start), ctypes.c_int64(nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def _sync_folder(path: str) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from streamload.checksums import Checksum, RunningChecksum, combined
 from streamload.errors import ChecksumError, NotFoundError, OptionError, SourceError
-from streamload.save.base import Ask, Destination, NewFile
+from streamload.save.base import NOTHING_KEPT, Ask, Destination, NewFile
 from streamload.sources.s3 import place_of
 from streamload.sources.s3_client import Asked, S3Client
 
@@ -46,13 +46,19 @@ class S3Destination(Destination):
         uri: The URI.
         memory_bytes: The limit on parts that are filled or on their way; one part at least is.
         ask: Makes requests again.
+        files: How many are written at the same time by one task: each of them has a part that waits for more bytes.
 
     Raises:
         OptionError: The URI names one object, or a version.
     """
 
-    def __init__(self, uri: str, *, memory_bytes: int, ask: Ask) -> None:
+    held_bytes = _LEAST_PART_BYTES
+
+    def __init__(self, uri: str, *, memory_bytes: int, ask: Ask, files: int = 1) -> None:
         super().__init__(uri)
+        self._usual_part_bytes = _PART_BYTES
+        if files > 1:
+            self._usual_part_bytes = max(_LEAST_PART_BYTES, min(_PART_BYTES, memory_bytes // (files + 1)))
         place = place_of(uri)
         if place.name is not None:
             raise OptionError("this names one object: name the prefix that the files belong under", uri=uri)
@@ -74,7 +80,13 @@ class S3Destination(Destination):
         self._freed = asyncio.Condition()
         self.requests = 0
 
-    async def prepare(self, mine: Callable[[str], bool]) -> list[str]:
+    async def claim(self, name: str) -> None:
+        # An object store knows no locks.
+        pass
+
+    async def prepare(
+        self, mine: Callable[[str], bool], kept: Mapping[str, dict[str, Any]] = NOTHING_KEPT
+    ) -> list[str]:
         there = await self._list("list_objects_v2", "Contents", {"NextContinuationToken": "ContinuationToken"})
         try:
             markers = {"NextKeyMarker": "KeyMarker", "NextUploadIdMarker": "UploadIdMarker"}
@@ -84,21 +96,23 @@ class S3Destination(Destination):
             unfinished = []
         for upload in unfinished:
             name = upload["Key"].removeprefix(self.prefix)
-            if mine(name):
+            if mine(name) and kept.get(name, {}).get("upload") != upload["UploadId"]:
                 await self.abort(name, upload["UploadId"])
         names = (entry["Key"].removeprefix(self.prefix) for entry in there)
         return sorted(name for name in names if mine(name))
 
     async def create(self, name: str, size_bytes: int) -> NewFile:
-        part_bytes = max(_PART_BYTES, -(-size_bytes // _MOST_PARTS // _MIB) * _MIB)
-        part_bytes = max(_LEAST_PART_BYTES, min(part_bytes, size_bytes))
-        file = _Upload(self, name, size_bytes, part_bytes)
+        file = _Upload(self, name, size_bytes, self._part_bytes(size_bytes))
         try:
             await file.begin()
         except BaseException:
             await file.discard()
             raise
         return file
+
+    async def reopen(self, name: str, size_bytes: int, kept: Mapping[str, Any]) -> NewFile | None:
+        file = _Upload(self, name, size_bytes, self._part_bytes(size_bytes))
+        return file if await file.reopen(kept) else None
 
     async def remove(self, name: str) -> None:
         await self.call("delete_object", name)
@@ -132,6 +146,10 @@ class S3Destination(Destination):
         except SourceError as error:
             raise error.locate(uri=self.uri, object=name) from None
         return found
+
+    def _part_bytes(self, size_bytes: int) -> int:
+        part_bytes = max(self._usual_part_bytes, -(-size_bytes // _MOST_PARTS // _MIB) * _MIB)
+        return max(_LEAST_PART_BYTES, min(part_bytes, size_bytes))
 
     async def take(self, nbytes: int) -> None:
         """Wait until so much memory may be held; where nothing is, any amount may."""
@@ -199,7 +217,7 @@ class _Upload(NewFile):
         self._sending: list[asyncio.Task[dict[str, Any]]] = []
         self._sums: list[tuple[int, int]] = []
         self._parts: list[dict[str, Any]] = []
-        self._published = False
+        self._completing = False  # it has been asked for, and nobody knows whether it was done
         self._failed: BaseException | None = None
 
     async def begin(self) -> None:
@@ -263,6 +281,9 @@ class _Upload(NewFile):
     async def finish(self) -> None:
         if self._written != self.size_bytes:
             raise AssertionError(f"{self._written} of {self.size_bytes} bytes were written")
+        if self._buffer is None and not self._sums:  # no bytes at all are one part
+            await self._folder.take(self._part_bytes)
+            self._buffer = io.BytesIO()
         if self._buffer is not None:
             self._send(self._buffer)
         sent = list(self._sending)
@@ -272,8 +293,10 @@ class _Upload(NewFile):
         assert len(done) == len(sent)
 
     async def publish(self) -> None:
+        if self.published:
+            return
         # From here on, cancelled or cut off, it may have been completed all the same: then it has to be removed.
-        self._published = True
+        self._completing = True
         try:
             answer = await self._folder.call(
                 "complete_multipart_upload", self.name, UploadId=self._id, MultipartUpload={"Parts": self._parts}
@@ -283,6 +306,7 @@ class _Upload(NewFile):
             answer = await self._folder.call("head_object", self.name, ChecksumMode="ENABLED")
             if answer.get("ContentLength") != self.size_bytes or not answer.get("ChecksumCRC64NVME"):
                 raise
+        self.published, self._completing = True, False
         # Each part was compared when it came. What they were put together to is told only now.
         kept = answer.get("ChecksumCRC64NVME")
         if kept is not None and kept not in self._whole():
@@ -298,6 +322,43 @@ class _Upload(NewFile):
         composite = Checksum.of_checksums("CRC64NVME", (value for _, value in self._sums))
         return _base64(whole.value), f"{_base64(composite.value)}-{len(self._sums)}"
 
+    async def keep(self) -> dict[str, Any] | None:
+        if not self._parts:
+            return None
+        parts = [[part["ETag"], part["ChecksumCRC64NVME"]] for part in self._parts]
+        return {"upload": self._id, "part_bytes": self._part_bytes, "parts": parts}
+
+    async def leave(self) -> None:
+        if not self._parts:
+            await self.discard()
+
+    async def reopen(self, kept: Mapping[str, Any]) -> bool:
+        """Have the finished upload, or the object that has come of it; whether it is there."""
+        self._id, self._part_bytes = kept["upload"], kept["part_bytes"]
+        self._parts = [
+            {"PartNumber": number, "ETag": tag, "ChecksumCRC64NVME": text}
+            for number, (tag, text) in enumerate(kept["parts"], 1)
+        ]
+        for number, part in enumerate(self._parts):
+            nbytes = min(self._part_bytes, self.size_bytes - number * self._part_bytes)
+            self._sums.append((nbytes, int.from_bytes(base64.b64decode(part["ChecksumCRC64NVME"]), "big")))
+        try:
+            there = await self._list_parts()
+        except NotFoundError:
+            self.published = await self._is_there(certainly=True)
+            return self.published
+        return there == [(part["PartNumber"], part["ETag"].strip('"')) for part in self._parts]
+
+    async def _list_parts(self) -> list[tuple[int, str]]:
+        found: list[tuple[int, str]] = []
+        more: dict[str, Any] = {}
+        while True:
+            page = await self._folder.call("list_parts", self.name, UploadId=self._id, **more)
+            found += [(part["PartNumber"], part["ETag"].strip('"')) for part in page.get("Parts", ())]
+            if not page.get("IsTruncated") or len(found) > _MOST_PARTS:
+                return found
+            more = {"PartNumberMarker": page["NextPartNumberMarker"]}
+
     async def discard(self) -> None:
         sending, self._sending = self._sending, []
         for task in sending:
@@ -311,9 +372,25 @@ class _Upload(NewFile):
         upload_id, self._id = self._id, None
         if upload_id is not None:
             await self._folder.abort(self.name, upload_id)
-        if self._published:
-            self._published = False
+        published, completing = self.published, self._completing
+        self.published = self._completing = False
+        if published or (completing and await self._is_there(certainly=False)):
             await self._folder.remove(self.name)
+
+    async def _is_there(self, *, certainly: bool) -> bool:
+        """Whether what is under its name is what the upload was completed to.
+
+        Args:
+            certainly: What to say where the store keeps no checksum that could tell it from an earlier one.
+        """
+        try:
+            answer = await self._folder.call("head_object", self.name, ChecksumMode="ENABLED")
+        except NotFoundError:
+            return False
+        kept = answer.get("ChecksumCRC64NVME")
+        return answer.get("ContentLength") == self.size_bytes and (
+            not certainly if kept is None else kept in self._whole()
+        )
 
 
 def _base64(value: int) -> str:

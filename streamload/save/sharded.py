@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from streamload.checkpoint import (
     BLOCK_BYTES,
+    MANIFEST_NAME,
     BlockMap,
     Entry,
     ManifestFile,
@@ -29,7 +30,7 @@ from streamload.sources.threads import DaemonExecutor, ThreadCall
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Written", "split", "write_sharded"]
+__all__ = ["METADATA", "Written", "split", "write_sharded"]
 
 _log = logging.getLogger("streamload.save")
 
@@ -40,7 +41,7 @@ _PIECE_BYTES = 8 << 20
 _GRACE_S = 10.0
 
 # As vLLM's own files, and what transformers asks for.
-_METADATA = {"format": "pt"}
+METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +91,13 @@ async def write_sharded(
 ) -> Written:
     """Write one rank's files, and their manifest last.
 
-    Every file is complete before the first one is put under its name; files of an earlier save of this rank that are
-    not written anew are removed, its manifest first. Whatever fails or is cancelled leaves no file of this save.
+    Every file is complete before the first one is put under its name. Manifests that tell of an earlier save are
+    removed then, and its files, unless one file takes the place of another. Whatever fails or is cancelled leaves no
+    file of this save.
+
+    Who is killed in the middle must not leave what could be taken for a checkpoint: files of two saves, or not all of
+    one. So old and new ones are never there together, and part 0, without which there is none, goes first and comes
+    last.
 
     Args:
         destination: Where to, entered already.
@@ -105,24 +111,18 @@ async def write_sharded(
         StreamloadError: It failed.
     """
     layouts = [
-        lay_out(names.name(part), entries, metadata=_METADATA)
+        lay_out(names.name(part), entries, metadata=METADATA)
         for part, entries in enumerate(split([describe(name, t) for name, t in tensors.items()], max_file_bytes))
     ]
-    there = await destination.prepare(lambda name: names.is_mine(name) or name == names.manifest)
+    there = await destination.prepare(lambda name: names.is_mine(name) or names.is_manifest_of_mine(name))
     at_once = _files_at_once(destination, memory_bytes)
     begun: list[NewFile] = []
     threads = DaemonExecutor(at_once, name="streamload-save")
     try:
         said = await _write_all(destination, layouts, tensors, begun, threads, at_once)
-        if names.manifest in there:
-            # It tells of what is about to be replaced.
-            await destination.remove(names.manifest)
+        await _remove_older(destination, names, there, {file.name for file in begun}, manifest=manifest)
         for file in begun:
             await file.publish()
-        written = {file.name for file in begun}
-        for name in there:
-            if name not in written and name != names.manifest:
-                await destination.remove(name)
         if manifest:
             await _write_manifest(destination, names.manifest, said, begun)
     except BaseException:
@@ -137,6 +137,22 @@ async def write_sharded(
     return Written(tuple(file for _, file in layouts), names.manifest if manifest else None)
 
 
+async def _remove_older(
+    destination: Destination, names: RankFiles, there: list[str], written: set[str], *, manifest: bool
+) -> None:
+    """Make room for files that are ready: remove those of an earlier save, but for a single one that is replaced."""
+    older = names.in_order(name for name in there if names.is_mine(name))
+    manifests = [name for name in there if not names.is_mine(name)]
+    if older and not manifest:
+        # The whole folder's tells of them, too, and nothing will count more.
+        manifests.append(MANIFEST_NAME)
+    for name in manifests:
+        await destination.remove(name)
+    if len(written) > 1 or written != set(older):
+        for name in older:
+            await destination.remove(name)
+
+
 def _files_at_once(destination: Destination, memory_bytes: int) -> int:
     return max(1, min(destination.concurrency, memory_bytes // _PIECE_BYTES))
 
@@ -149,7 +165,11 @@ async def _write_all(
     threads: DaemonExecutor,
     at_once: int,
 ) -> list[ManifestFile]:
-    """Write and finish all files, several at a time; what each one's content sums up to."""
+    """Write and finish all files, several at a time, and have the last part first in `begun`.
+
+    Returns:
+        What each one's content sums up to, in order of the parts.
+    """
     slots = asyncio.Semaphore(at_once)
 
     async def write(header: bytes, layout: ShardFile) -> ManifestFile:
@@ -163,7 +183,7 @@ async def _write_all(
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(write(header, layout)) for header, layout in layouts]
     order = {layout.key: place for place, (_, layout) in enumerate(layouts)}
-    begun.sort(key=lambda file: order[file.name])
+    begun.sort(key=lambda file: order[file.name], reverse=True)
     return [task.result() for task in tasks]
 
 
@@ -218,7 +238,7 @@ async def _write_manifest(destination: Destination, name: str, said: list[Manife
 
 
 async def _discard(begun: list[NewFile]) -> None:
-    """Leave nothing of a save that has failed; the newest first, which is the manifest."""
+    """Leave nothing of a save that has failed; the newest first, which is the manifest, and then part 0."""
     for file in reversed(begun):
         try:
             await file.discard()

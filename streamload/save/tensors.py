@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamload.checkpoint import Entry
 from streamload.errors import OptionError, UnsupportedDtypeError
+from streamload.shared_memory import has_memory
 from streamload.sinks.dtypes import torch_dtypes
 
 if TYPE_CHECKING:
@@ -23,16 +24,21 @@ def local_tensor(name: str, value: Any) -> torch.Tensor:
         OptionError: It is no tensor, or one without bytes of its own.
     """
     import torch
+    from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
     if not isinstance(value, torch.Tensor):
         raise OptionError(f"{name!r} is not a tensor but {type(value).__name__}")
+    if isinstance(value, UninitializedBuffer | UninitializedParameter):
+        raise OptionError(f"tensor {name!r} has no shape before its module was first called")
     value = value.detach()
     to_local = getattr(value, "to_local", None)
     tensor: torch.Tensor = to_local() if callable(to_local) else value
-    if tensor.layout != torch.strided or tensor.is_quantized:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         raise OptionError(f"tensor {name!r} is not dense: the format has only dense ones")
     if tensor.is_meta:
         raise OptionError(f"tensor {name!r} lies on the meta device: it has a shape and no content")
+    if not has_memory(tensor):
+        raise OptionError(f"tensor {name!r} has no memory of its own: it wraps others, or its storage was given back")
     return tensor.resolve_conj().resolve_neg()
 
 

@@ -86,6 +86,8 @@ class Sink(ABC, Generic[LeaseT]):
         No two of its views share memory, those of gaps included: a read is summed up from them when it has ended. Only
         of a batch with scattered slices, of which nothing is summed up, may gaps share theirs.
 
+        Who asks first is lent first: reads may wait for those before them until they give their memory back.
+
         Cancelled, it has lent nothing.
         """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from streamload.checkpoint import Catalog, ShardFile, TensorInfo
 from streamload.checkpoint.text import brief
 from streamload.errors import MismatchError, OptionError
-from streamload.shared_memory import Memory, covering
+from streamload.shared_memory import Memory, covering, has_memory
 from streamload.sinks.dtypes import check_dtypes, require_torch, torch_dtypes, torch_shape
 
 if TYPE_CHECKING:
@@ -244,6 +244,8 @@ def _check_fillable(name: str, tensor: Any) -> None:
         problem = "is on the meta device, where it has no memory: model.to_empty(device=...) gives it some"
     elif any(length > 1 and stride == 0 for length, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         problem = "is expanded: several of its elements are one and the same"
+    elif not has_memory(tensor):
+        problem = "has no memory of its own: it wraps other tensors, or its storage was given back"
     if problem is not None:
         raise OptionError(f"{name!r} cannot be loaded into: it {problem}")
 

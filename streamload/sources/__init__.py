@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from typing import Any, TypeAlias
 
 from streamload.errors import MissingDependencyError, OptionError
@@ -23,20 +24,28 @@ _BUILT_IN = {
     "http": ("streamload.sources.http", "HttpSource"),
     "https": ("streamload.sources.http", "HttpSource"),
     "s3": ("streamload.sources.s3", "S3Source"),
+    **dict.fromkeys(("runai", "runai+file", "runai+s3"), ("streamload.sources.runai", "open_runai")),
 }
 
 # Set for a process, whatever it loads: no mistake where a source has no use for them.
-_WHOEVER_TAKES_THEM = {"http_headers", "s3_anonymous"}
+_WHOEVER_TAKES_THEM = {
+    "http_headers",
+    "s3_anonymous",
+    "runai_chunk_bytes",
+    "runai_request_timeout_s",
+    "runai_virtual_addressing",
+}
 
 # Another package serves a scheme by naming a factory under it, in this group of entry points.
 _GROUP = "streamload.sources"
 
 
-def open_source(uri: str, *, concurrency: int | None = None, **options: Any) -> Source:
+def open_source(uri: str, *, source: str | None = None, concurrency: int | None = None, **options: Any) -> Source:
     """Make the source that a URI asks for. Nothing is opened or requested yet.
 
     Args:
         uri: A path, or a URI with one of the known schemes.
+        source: What serves it: ``runai``, or one of the known schemes; by default, the URI's own scheme.
         concurrency: How many reads should be possible at once; by default, the source's own number.
         **options: What only some sources take, by the name that it has in `LoadOptions`.
 
@@ -49,20 +58,20 @@ def open_source(uri: str, *, concurrency: int | None = None, **options: Any) -> 
     """
     if uri.endswith(".safetensors.index.json"):
         raise OptionError("this names the index file: name the folder that it is in", uri=uri)
-    scheme = scheme_of(uri)
+    scheme = source or scheme_of(uri)
     built_in = _BUILT_IN.get(scheme)
     if built_in is not None:
         module, name = built_in
         factory: SourceFactory = getattr(import_module(module), name)
     else:
         factory = _load(scheme, uri)
-    taken: frozenset[str] = getattr(factory, "options", frozenset())
+    taken = signature(factory).parameters.keys() & options.keys()
     for name in options.keys() - taken - _WHOEVER_TAKES_THEM:
         raise OptionError(f"{name} has no meaning for {scheme}://", uri=uri)
-    source = factory(uri, concurrency=concurrency, **{name: options[name] for name in options.keys() & taken})
-    if not isinstance(source, Source):
-        raise OptionError(f"what serves {scheme}:// made a {type(source).__name__}, not a Source", uri=uri)
-    return source
+    made = factory(uri, concurrency=concurrency, **{name: options[name] for name in taken})
+    if not isinstance(made, Source):
+        raise OptionError(f"what serves {scheme}:// made a {type(made).__name__}, not a Source", uri=uri)
+    return made
 
 
 def _load(scheme: str, uri: str) -> SourceFactory:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Self
 
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.loan import Loan
 from streamload.uris import scrub_uri
 
@@ -39,7 +39,6 @@ class Source(ABC):
     Attributes:
         uri: The URI as the caller gave it, without credentials.
         scheme: The first scheme that this source serves, for reports.
-        options: The names of the options that it takes beyond ``concurrency``, as keyword arguments.
         request_cost_bytes: A gap of up to so many bytes is cheaper to read through than to ask around.
         skipped_gap_bytes: The gaps of a loan that are wider than this are passed over without reading them; None: the
             source reads all of a range.
@@ -56,7 +55,6 @@ class Source(ABC):
     """
 
     scheme: ClassVar[str]
-    options: ClassVar[frozenset[str]] = frozenset()
     request_cost_bytes: ClassVar[int]
     skipped_gap_bytes: ClassVar[int | None] = None
     read_bytes: ClassVar[int]
@@ -143,8 +141,10 @@ class Source(ABC):
         """
         return None
 
-    async def sha256(self, object: SourceObject) -> bytes | None:
+    async def sha256(self, object: SourceObject) -> bytes | Sha256 | None:
         """The SHA-256 of an object's content, at its pinned version; None where the store does not keep it.
+
+        It is that of the whole object, or those of the parts that the object was uploaded in.
 
         Raises:
             SourceError: It cannot be had.

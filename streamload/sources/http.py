@@ -56,7 +56,6 @@ class HttpSource(Source):
     """
 
     scheme: ClassVar[str] = "http"
-    options: ClassVar[frozenset[str]] = frozenset({"http_headers"})
     # As from an object store: what one connection brings in half the time that a request waits for its first byte.
     request_cost_bytes: ClassVar[int] = 1 << 20
     read_bytes: ClassVar[int] = 8 << 20
@@ -211,13 +210,15 @@ class _Place:
         single = name.endswith(".safetensors")
         self.name: str | None = unquote(name) if single else None
         self._folder = escaped(folder + slash if single else parts.path.rstrip("/") + "/") or "/"
+        self._path = escaped(parts.path)
         self._parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
         self.authorization = _authorization(parts)
 
     def address(self, key: str) -> str:
         """Where an object is, with the URI's query."""
-        query = escaped(self._parts.query)
-        return self._parts._replace(path=self._folder + quote(key, safe="/"), query=query).geturl()
+        # As it was given, where it was: a signature may be of that spelling.
+        path = self._path if key == self.name else self._folder + quote(key, safe="/")
+        return self._parts._replace(path=path, query=escaped(self._parts.query)).geturl()
 
 
 def _authorization(parts: SplitResult) -> dict[str, str]:

@@ -24,7 +24,7 @@ _MOST_REDIRECTS = 5
 _REDIRECTS = {301, 302, 303, 307, 308}
 
 # What may stand in an address as it is; all else is escaped. A percent sign is the beginning of an escape already.
-_SAFE = "%/:;=@!$&'()*+,~?[]"
+_SAFE = "%/:;=@!$&'()*+,~?#[]"
 
 # What a request says by itself; somebody else's idea of it would make the answer another one than was asked for.
 _OURS = frozenset(
@@ -99,6 +99,7 @@ class HttpClient:
         self._lanes = Lanes(connect_timeout_s=connect_timeout_s, stall_s=stall_s)
         self._plain: PlainClient | None = None
         self._unserved: dict[Origin, str] = {}
+        self._proxies: dict[Origin, str | None] = {}
         self._context: ssl.SSLContext | None = None
 
     async def get(
@@ -195,7 +196,9 @@ class HttpClient:
         }
         if origin == self._origin:
             fields |= self._headers
-        proxy = _proxy_for(origin)
+        if origin not in self._proxies:
+            self._proxies[origin] = _proxy_for(origin)
+        proxy = self._proxies[origin]
         reason = "through a proxy" if proxy else self._unserved.get(origin)
         if reason is None:
             try:

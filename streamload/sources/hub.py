@@ -83,9 +83,6 @@ class HubSource(Source):
     """
 
     scheme: ClassVar[str] = "hf"
-    options: ClassVar[frozenset[str]] = frozenset(
-        {"allow_patterns", "cache", "download_dir", "ignore_patterns", "revision"}
-    )
     # As from an object store, which is what is behind the Hub.
     request_cost_bytes: ClassVar[int] = 1 << 20
     read_bytes: ClassVar[int] = 8 << 20

@@ -57,7 +57,10 @@ class CacheWriter:
                 self._whole[file.path] = file
 
     def write(self, file: HubFile, start: int, views: Sequence[memoryview]) -> bool:
-        """Write bytes of a file. Returns whether it has all of them now: then `finish` it, once.
+        """Write bytes of a file. Returns whether it has all of them now: then `finish` it.
+
+        That is told once, and only when nobody else writes into the file any more: what is asked for twice may arrive
+        twice, and nothing may change after it was compared.
 
         Raises:
             SourceError: The cache cannot be written.
@@ -69,9 +72,20 @@ class CacheWriter:
                 blob = self._partial.get(file.path)
                 if blob is None:
                     blob = self._partial[file.path] = _Blob(self._folder("blobs"), file)
-            end = _write(blob.descriptor, start, views)
-            with self._lock:
-                return blob.add(start, end)
+                if blob.handed_out:
+                    return False
+                blob.writers += 1
+            end = start
+            try:
+                end = _write(blob.descriptor, start, views)
+            finally:
+                with self._lock:
+                    blob.writers -= 1
+                    blob.add(start, end)
+                    # Nobody else can come to this point before another write has begun, and none begins any more.
+                    last = blob.whole and not blob.writers
+                    blob.handed_out = last
+            return last
         except OSError as error:
             raise _cannot(error, self._snapshot.folder) from error
 
@@ -115,8 +129,10 @@ class CacheWriter:
             self._stopped = True
             complete = not self._partial and self._nothing_missing()
             for blob in self._partial.values():
-                if not blob.finishing:  # `finish` sees that it was stopped, and discards it
-                    blob.discard()
+                # `finish` sees that it was stopped, and discards it. Under a thread that hangs in the kernel nothing is
+                # closed: its descriptor would become another file's.
+                if not blob.finishing:
+                    blob.discard(keep_open=blob.writers > 0)
             self._partial.clear()
         if complete:
             try:
@@ -173,19 +189,25 @@ class CacheWriter:
 
 
 class _Blob:
-    """A file that is being written."""
+    """A file that is being written.
+
+    Attributes:
+        writers: How many threads write into it.
+        handed_out: Whether somebody was told that it is whole, and nothing may change any more.
+        finishing: Whether `CacheWriter.finish` has it.
+    """
 
     def __init__(self, folder: str, file: HubFile) -> None:
         self.file = file
         self.path = os.path.join(folder, f"{file.etag}.{uuid.uuid4().hex[:8]}.incomplete")
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._spans: list[tuple[int, int]] = []
-        self._told = False
-        #: Whether `CacheWriter.finish` has it.
+        self.writers = 0
+        self.handed_out = False
         self.finishing = False
+        self._spans: list[tuple[int, int]] = []
 
-    def add(self, start: int, end: int) -> bool:
-        """Note that these bytes are there; whether all are, and nobody was told so before."""
+    def add(self, start: int, end: int) -> None:
+        """Note that these bytes are there."""
         insort(self._spans, (start, end))
         merged: list[tuple[int, int]] = []
         for span in self._spans:
@@ -194,14 +216,17 @@ class _Blob:
             else:
                 merged.append(span)
         self._spans = merged
-        if self._told or self._spans != [(0, self.file.size_bytes)]:
-            return False
-        self._told = True
-        return True
 
-    def discard(self) -> None:
-        with suppress(OSError):
-            os.close(self.descriptor)
+    @property
+    def whole(self) -> bool:
+        """Whether all bytes are there."""
+        return self._spans == [(0, self.file.size_bytes)]
+
+    def discard(self, *, keep_open: bool = False) -> None:
+        """Remove it, unless it got its name."""
+        if not keep_open:
+            with suppress(OSError):
+                os.close(self.descriptor)
         with suppress(OSError):
             os.unlink(self.path)
 

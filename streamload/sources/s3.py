@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.errors import (
     CredentialsError,
     NotFoundError,
@@ -24,7 +25,7 @@ from streamload.sources.operations import Operations
 from streamload.sources.writer import ViewWriter
 
 if TYPE_CHECKING:
-    from streamload.sources.s3_client import S3Client
+    from streamload.sources.s3_client import Connection, S3Client
     from streamload.wire import Head
 
 __all__ = ["Place", "S3Source", "place_of"]
@@ -98,7 +99,6 @@ class S3Source(Source):
     concurrency: ClassVar[int] = 8
     # What a link of 50 Gbit/s takes.
     most_concurrency: ClassVar[int | None] = 64
-    options: ClassVar[frozenset[str]] = frozenset({"s3_anonymous"})
     hedged: ClassVar[bool] = True
 
     def __init__(
@@ -156,25 +156,47 @@ class S3Source(Source):
                 raise error.locate(uri=self.uri, object=object.key, start=start, end=end) from None
 
     async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
-        from streamload.sources.s3_checksums import composite_of, part_checksums, whole_checksum
+        from streamload.sources.s3_checksums import composite_of, part_checksums, sha256_of, whole_checksum
 
+        async with self._asking(object) as client:
+            answer = await self._head_with_checksums(client, object)
+            composite = composite_of(answer)
+            if composite is not None:
+                return part_checksums(*composite, await self._list_parts(client, object), object.size_bytes)
+            whole = whole_checksum(answer)
+            if whole is None and sha256_of(answer) is not None:
+                raise SourceError("the store keeps a SHA-256 instead, which is compared with verify='sha256' only")
+            return whole
+
+    async def sha256(self, object: SourceObject) -> bytes | Sha256 | None:
+        from streamload.sources.s3_checksums import part_sha256s, sha256_of, whole_sha256
+
+        async with self._asking(object) as client:
+            text = sha256_of(await self._head_with_checksums(client, object))
+            if text is None:
+                return None
+            if "-" not in text:
+                return whole_sha256(text)
+            return part_sha256s(text, await self._list_parts(client, object), object.size_bytes)
+
+    @asynccontextmanager
+    async def _asking(self, object: SourceObject) -> AsyncIterator[S3Client]:
+        """The client, for questions about an object; errors are located."""
         check_key(object.key, uri=self.uri)
         async with self._operations.running():
             try:
-                client = await self._open()
-                answer = await client.call(
-                    "head_object",
-                    version=object.version,
-                    Key=self._place.prefix + object.key,
-                    IfMatch=object.version,
-                    ChecksumMode="ENABLED",
-                )
-                composite = composite_of(answer)
-                if composite is None:
-                    return whole_checksum(answer)
-                return part_checksums(*composite, await self._list_parts(client, object), object.size_bytes)
+                yield await self._open()
             except SourceError as error:
                 raise error.locate(uri=self.uri, object=object.key) from None
+
+    async def _head_with_checksums(self, client: S3Client, object: SourceObject) -> dict[str, Any]:
+        return await client.call(
+            "head_object",
+            version=object.version,
+            Key=self._place.prefix + object.key,
+            IfMatch=object.version,
+            ChecksumMode="ENABLED",
+        )
 
     async def describe(self) -> dict[str, str]:
         async with self._operations.running():
@@ -185,6 +207,25 @@ class S3Source(Source):
             except SourceError as error:
                 return {"answer": f"none: {error.cause}"}
             return await client.describe(self._place.prefix)
+
+    async def connection(self) -> Connection:
+        """Where objects are asked for, and with what: for those who ask S3 themselves.
+
+        Raises:
+            CredentialsError: There are no credentials.
+        """
+        async with self._operations.running():
+            try:
+                return await (await self._open()).connection()
+            except SourceError as error:
+                raise error.locate(uri=self.uri) from None
+
+    def plain_uri_of(self, key: str) -> str | None:
+        """An object as ``s3://bucket/key``; None where more than that is to be said to S3."""
+        place = self._place
+        if place.versions or place.requester_pays or place.bucket.startswith("arn:"):
+            return None
+        return f"s3://{place.bucket}/{place.prefix}{key}"
 
     async def aclose(self) -> None:
         try:

@@ -8,7 +8,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
@@ -37,7 +37,7 @@ from streamload.sources.s3_wire import S3Wire
 from streamload.uris import scrub_uri
 from streamload.wire import ONLY_TLS, Head, Lanes, speaks_tls
 
-__all__ = ["Asked", "S3Client"]
+__all__ = ["Asked", "Connection", "S3Client"]
 
 T = TypeVar("T")
 
@@ -82,6 +82,27 @@ class Asked:
     connections: int
     connect_timeout_s: float
     read_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where S3 is, and what it is asked with at this moment.
+
+    Attributes:
+        endpoint: The URL of the service.
+        region: Its region.
+        virtual: Whether the bucket is named in the host's name; None where nothing was asked yet.
+        access_key: The access key's id.
+        secret_key: The secret that belongs to it.
+        token: The session's token; None for keys that do not expire.
+    """
+
+    endpoint: str
+    region: str
+    virtual: bool | None
+    access_key: str = field(repr=False)
+    secret_key: str = field(repr=False)
+    token: str | None = field(repr=False)
 
 
 class S3Client:
@@ -195,6 +216,20 @@ class S3Client:
         if other_tag({} if tag is None else {"etag": tag}, version) is None:
             return f"said to be another version, then version {tag} again"
         return f"version {tag}"
+
+    async def connection(self) -> Connection:
+        """Where to ask, and with what.
+
+        Raises:
+            CredentialsError: They cannot be refreshed.
+        """
+        session = self._session
+        with self.translating():
+            credentials = await session.credentials.get_frozen_credentials()
+        virtual = {"virtual host": True, "path": False}.get(self._style)
+        return Connection(
+            session.endpoint, session.region, virtual, credentials.access_key, credentials.secret_key, credentials.token
+        )
 
     @contextmanager
     def translating(self, *, version: str | None = None) -> Iterator[None]:
@@ -314,6 +349,7 @@ class _Session:
     Attributes:
         endpoint: The URL of the service.
         region: Its region.
+        credentials: botocore's.
         kind_of_credentials: Where they were found.
         wire: Reads ranges without aiobotocore's body.
         served: Whether anything was answered.
@@ -327,6 +363,7 @@ class _Session:
         self._asked = asked
         self.endpoint = str(client.meta.endpoint_url)
         self.region = str(client.meta.region_name)
+        self.credentials = credentials
         self.kind_of_credentials = "none, as asked for" if credentials is None else str(credentials.method)
         self.served = False
 

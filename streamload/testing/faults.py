@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from typing import ClassVar, Self, TypeVar
 
-from streamload.checksums import Checksum, PartChecksums
+from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.errors import StreamloadError, TransientError, TruncatedReadError
 from streamload.loan import Loan
 from streamload.sources import Source, SourceObject
@@ -97,7 +97,7 @@ class FaultSource(Source):
     async def checksum(self, object: SourceObject) -> Checksum | PartChecksums | None:
         return await self._operate(lambda: self._inner.checksum(object))
 
-    async def sha256(self, object: SourceObject) -> bytes | None:
+    async def sha256(self, object: SourceObject) -> bytes | Sha256 | None:
         return await self._inner.sha256(object)
 
     async def describe(self) -> dict[str, str]:

@@ -67,6 +67,13 @@ def test_rank_1_gets_nothing_of_rank_11() -> None:
     assert not RankFiles(1, 2, pattern="p{part}of{rank}.safetensors").is_mine("p²of1.safetensors")
 
 
+def test_a_name_may_begin_with_a_field() -> None:
+    files = RankFiles(1, 2, pattern="{rank}.safetensors")
+    assert files.choose(["0.safetensors", "1.safetensors", ".safetensors"]) == ("1.safetensors",)
+    with pytest.raises(OptionError, match="is no plain name of a file"):
+        RankFiles(1, 2, pattern=".hidden-{rank}.safetensors")
+
+
 def test_a_pattern_without_parts_is_for_one_file() -> None:
     files = RankFiles(0, 1, pattern="model.safetensors")
     assert files.name(0) == "model.safetensors"
@@ -123,6 +130,8 @@ def test_missing_and_repeated_parts_are_errors() -> None:
         RankFiles(0, 2, pattern=pattern).choose(keys)
     with pytest.raises(CheckpointError, match=r"part 1 of rank 1 is there twice: \['r1-01.*', 'r1-1.*'\]"):
         RankFiles(1, 2, pattern=pattern).choose(keys)
+    with pytest.raises(CheckpointError, match="part 0 of rank 1 is missing: the first that is there is 'model-ra"):
+        RankFiles(1, 2).choose([*rank_keys(1), *rank_keys(2, parts=3)[4:]])
     # A user's own may count from anywhere.
     from_7 = ("r0-7.safetensors", "r0-8.safetensors")
     assert RankFiles(0, 2, pattern=pattern).choose(from_7) == from_7
@@ -182,6 +191,13 @@ def test_who_names_no_rank_gets_the_ordinary_files() -> None:
     assert without_rank_files([*rank_keys(2), "model.safetensors"]) == ("model.safetensors",)
     # One rank's are a whole checkpoint.
     assert without_rank_files(rank_keys(1)) == tuple(rank_keys(1))
+    with pytest.raises(CheckpointError, match="part 0 of rank 0 is missing"):
+        without_rank_files(rank_keys(1)[1:])
+    for rank in range(6):
+        names = [RankFiles(rank, 6, pp_size=3).name(part) for part in range(3)]
+        assert without_rank_files(names) == tuple(names)
+        with pytest.raises(CheckpointError, match=r"part 1 of rank \d+ is missing"):
+            without_rank_files([names[0], names[2]])
     with pytest.raises(CheckpointError, match=r"each file is one rank's \(2 ranks, .*: give rank and world_size$"):
         without_rank_files([*rank_keys(2), "config.json"])
     with pytest.raises(CheckpointError, match="give rank and world_size and pp_size"):

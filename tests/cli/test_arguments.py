@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Protocol
 
 import pytest
@@ -103,6 +104,12 @@ class TestWrongUse:
         found = cli("inspect", "/")
         assert found.code == 2
         assert found.error.startswith("STREAMLOAD_CONCURRENCY='many': ")
+
+    def test_misspelt_in_the_environment(self, cli: Program, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("STREAMLOAD_CONCURRENCYY", "many")
+        found = cli("inspect", model)
+        assert found.code == 0
+        assert "STREAMLOAD_CONCURRENCYY is no option, and is ignored: is STREAMLOAD_CONCURRENCY meant?" in found.err
 
 
 class TestHelp:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamload.cli.tables import table
-from tests.cli.models import FIRST, SECOND, shard
+from tests.cli.models import FIRST, INDEX, SECOND, shard
 from tests.cli.programs import TIMEOUT_S, Program, program
 
 
@@ -39,6 +39,10 @@ class TestText:
         starts_and_ends = [tuple(map(int, row.split()[:2])) for row in parts[:3]]
         assert starts_and_ends[0][1] == starts_and_ends[1][0]
         assert starts_and_ends[1][1] == starts_and_ends[2][0]
+
+    def test_the_plan_of_little_memory(self, cli: Program, model: Path) -> None:
+        found = cli("inspect", model, "--json", "--plan", "--memory-bytes", "1MiB")
+        assert (found.code, found.json["plan"]["read_bytes"]) == (0, 1 << 18)
 
     def test_neighbours_in_one_read(self, cli: Program, model: Path) -> None:
         assert "2: model.embed.weight to model.norm.weight" in cli("inspect", model, "--plan").out
@@ -75,6 +79,22 @@ class TestJson:
         assert [file["name"] for file in found.json["files"]] == [FIRST, SECOND]
         assert found.json["dtypes"]["BF16"] == {"tensors": 3, "bytes": 40000}
         assert "plan" not in found.json
+
+    def test_a_failure_is_an_object_too(self, cli: Program, model: Path) -> None:
+        (model / SECOND).unlink()
+        found = cli("inspect", model, "--json")
+        assert found.code == 1
+        assert found.json["error"] == found.error
+        assert found.json["kind"] == "IndexFileError"
+        assert (found.json["uri"], found.json["object"]) == (str(model), INDEX)
+        assert found.json["cause"] in found.error
+
+    @pytest.mark.parametrize(
+        "given", [("inspect", "gs://b/x"), ("doctor", "gs://b/x"), ("load", "gs://b/x"), ("load", ".", "--trace", "/")]
+    )
+    def test_wrong_use_is_an_object_too(self, cli: Program, given: tuple[str, ...]) -> None:
+        found = cli(*given, "--json")
+        assert (found.code, found.json["kind"], found.json["error"]) == (2, "OptionError", found.error)
 
     def test_the_plan_covers_every_byte_once(self, cli: Program, model: Path) -> None:
         found = cli("inspect", model, "--json", "--plan", "--read-bytes", "4096").json

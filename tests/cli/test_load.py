@@ -35,6 +35,13 @@ class TestResult:
         assert found.out.startswith(f"{model} -> cpu: done\n")
         assert "5 tensors, 40.1 KiB from 2 files" in found.out
 
+    def test_one_of_each(self, cli: Program, tmp_path: Path) -> None:
+        (tmp_path / "a.safetensors").write_bytes(shard({"only": ("U8", (1024,))}))
+        found = cli("load", tmp_path, "--concurrency", "1")
+        assert "  delivered      1 tensor, 1.0 KiB from 1 file in " in found.out
+        assert "  at once        1 read\n" in found.out
+        assert " 1 of 1 tensor taken, " in found.err
+
     def test_json(self, cli: Program, model: Path) -> None:
         found = cli("load", model, "--json")
         assert found.code == 0
@@ -179,11 +186,16 @@ class TestFailure:
         assert (found.code, found.out) == (1, "")
         assert SECOND in found.error
 
-    @pytest.mark.parametrize("device", ["cuda:99", "cuda:-1", "gpu", "mps"])
-    def test_a_device_that_does_not_exist(self, cli: Program, model: Path, device: str) -> None:
-        found = cli("load", model, "--device", device)
+    def test_a_device_that_does_not_exist(self, cli: Program, model: Path) -> None:
+        found = cli("load", model, "--device", "cuda:99")
         assert (found.code, found.out) == (1, "")
         assert "device" in found.error
+
+    @pytest.mark.parametrize("device", ["cuda:-1", "gpu", "mps", "foo"])
+    def test_a_device_that_cannot_be(self, cli: Program, model: Path, device: str) -> None:
+        found = cli("load", model, "--device", device)
+        assert (found.code, found.out) == (2, "")
+        assert found.error == f"device={device!r} is not cpu, cuda or cuda:N"
 
     def test_a_dtype_that_torch_lacks(self, cli: Program, tmp_path: Path) -> None:
         (tmp_path / "a.safetensors").write_bytes(shard({"model.odd": ("F6_E2M3", (4,))}))
@@ -201,6 +213,18 @@ class TestFailure:
         found = cli("load", model, "--deadline-s", "1e-9")
         assert found.code == 1
         assert "deadline_s" in found.error
+
+
+@pytest.mark.parametrize("wrong", [("--concurrency", "0"), ("--device", "foo"), ("--trace", "/"), ()])
+def test_wrong_use_is_told_before_torch_is_imported(wrong: tuple[str, ...]) -> None:
+    """It takes seconds."""
+    find = "{'find_spec': lambda self, name, *_: os._exit(77) if name == 'torch' else None}"
+    refuse = f"sys.meta_path.insert(0, type('', (), {find})())"
+    code = f"import os, sys; {refuse}; from streamload.cli import main; sys.exit(main())"
+    with program("load", "/nowhere" if wrong else "gs://bucket/model", *wrong, python=("-c", code)) as process:
+        found = Outcome(*_ended(process))
+    assert (found.code, found.out) == (2, "")
+    assert found.error
 
 
 def test_without_torch(model: Path) -> None:

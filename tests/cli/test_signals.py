@@ -81,6 +81,21 @@ class TestStalled:
         assert trace.is_file()
 
 
+@pytest.mark.parametrize("number", _BOTH)
+@pytest.mark.parametrize("module", ["streamload", "streamload.cli", "aiobotocore"])
+def test_a_signal_while_the_program_is_still_being_imported(number: signal.Signals, module: str, model: Path) -> None:
+    """It comes when the first thing in `module` is looked for; nothing there imports aiobotocore."""
+    find = f"{{'find_spec': lambda self, name, *_: os.kill(os.getpid(), {number}) if name == {module!r} else None}}"
+    signal_then = f"sys.meta_path.insert(0, type('', (), {find})())"
+    code = f"import os, sys; {signal_then}; from streamload_command import main; sys.exit(main())"
+    with program("inspect", model, python=("-c", code)) as process:
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    if module == "aiobotocore":
+        assert (process.returncode, err) == (0, "")
+    else:
+        assert (process.returncode, out, err) == (128 + number, "", f"streamload: stopped by {number.name}\n")
+
+
 @contextmanager
 def _restored() -> Iterator[None]:
     """Put the handlers back, whatever the block does to them."""

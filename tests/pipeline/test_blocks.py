@@ -169,7 +169,8 @@ def test_what_has_to_be_verified_and_cannot_be_is_an_error_before_anything_is_re
     with pytest.raises(ChecksumError, match=r"nothing vouches for 4095 bytes: only a part of a block") as caught:
         Verifier(PART, {}, {"f": CONTENT[:HEADER]}, _recorder(), manifests={"f": MANIFEST}, required=True)
     assert caught.value.object == "f"
-    with pytest.raises(ChecksumError, match="only a part of the object"):
+    assert caught.value.cause.endswith("; verify='auto' loads them"), "there is a manifest"
+    with pytest.raises(ChecksumError, match=r"only a part of the object.*; `streamload manifest` writes what does"):
         Verifier(PART, {}, {"f": CONTENT[:HEADER]}, _recorder(), required=True)
     Verifier(WHOLE, {}, {"f": CONTENT[:HEADER]}, _recorder(), manifests={"f": MANIFEST}, required=True)
 

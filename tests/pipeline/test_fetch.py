@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from streamload.errors import AccessError, ObjectChangedError, SourceError, TransientError, TruncatedReadError
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
+from streamload.pipeline.pace import Pace
 from streamload.pipeline.policy import RetryPolicy
 from streamload.report import Recorder
 from streamload.sources.base import Source, SourceObject
@@ -159,3 +160,33 @@ def test_asking_is_retried_too() -> None:
     source, clock = ScriptedSource([TransientError("busy"), TransientError("busy")]), Clock()
     assert asyncio.run(fetcher(source, clock).ask(source.list)) == [OBJECT]
     assert len(clock.waits) == 2
+
+
+@pytest.mark.parametrize(("rate", "bottleneck"), [(100.0, "pace"), (1e9, "read"), (None, "read")])
+def test_a_limit_on_the_rate_that_held_the_load_back_is_named(rate: float | None, bottleneck: str) -> None:
+    """The time that the clock tells passes only in reads, a second each, and in waits."""
+    now_s = 0.0
+
+    class Slow(ScriptedSource):
+        async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
+            nonlocal now_s
+            now_s += 1.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    async def body() -> None:
+        recorder = Recorder("uri", "cpu", 1 << 20, clock=lambda: now_s)
+        pace = None if rate is None else Pace(rate)
+        fetcher = Fetcher(Slow([]), recorder, pace=pace, sleep=sleep, clock=lambda: now_s)
+        for start in range(0, 1000, 500):
+            with recorder.stage("read"):
+                await fetcher.read(OBJECT, start, start + 500, Loan([memoryview(bytearray(500))]))
+        report = recorder.report()
+        assert report.stages["pace"] == (4.0 if rate == 100.0 else 0.0)
+        assert report.bottleneck == bottleneck
+        assert ("held back by   max_bytes_per_s" in str(report)) is (rate == 100.0)
+        assert (", pace " in str(report)) is (rate == 100.0)
+
+    asyncio.run(body())

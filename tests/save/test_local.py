@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from streamload.errors import AccessError, OptionError, SourceError, Unsupported
 from streamload.pipeline.verify import BY_MANIFEST
 from streamload.save.sharded import split
 from streamload.shared_memory import covering
-from tests.checkpoints import same_tensor
+from tests.checkpoints import freed, same_tensor, wrapped
 from tests.save.sharded import MIB, cancelling, check_folder, load_as_vllm, read_folder, state, threads_of_ours
 
 
@@ -97,8 +98,8 @@ def test_ranks_save_side_by_side_into_one_folder(tmp_path: Path) -> None:
     check_folder(tmp_path, ranks[11], "model-rank-11-*")
     load_as_vllm(tmp_path, 1, {"w.1": torch.empty(1000)})
     for rank in ranks:
-        with streamload.stream(tmp_path, rank=rank, world_size=12, verify="require") as stream:
-            assert set(dict(stream)) == {f"w.{rank}"}
+        assert set(streamload.load(tmp_path, rank=rank, world_size=12, verify="require")) == {f"w.{rank}"}
+    assert streamload.verify(tmp_path).ok
 
 
 def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
@@ -149,6 +150,9 @@ def test_a_name_and_a_uri_of_ones_own(tmp_path: Path) -> None:
         (3, {}, OptionError, "neither a module nor a mapping"),
         ({"a": torch.ones(2, device="meta")}, {}, OptionError, "meta"),
         ({"a": torch.ones(2).to_sparse()}, {}, OptionError, "not dense"),
+        ({"a": wrapped()}, {}, OptionError, "no memory of its own"),
+        ({"a": freed()}, {}, OptionError, "no memory of its own"),
+        (torch.nn.LazyLinear(2), {}, OptionError, "'weight' has no shape"),
         ({"a": torch.ones(2, dtype=torch.complex128)}, {}, UnsupportedDtypeError, "complex128"),
         ({"__metadata__": torch.ones(2)}, {}, OptionError, "means something else"),
         ({"a": torch.ones(2)}, {"max_file_bytes": 0}, OptionError, "max_file_bytes=0"),
@@ -273,6 +277,71 @@ streamload.save_sharded({"a": torch.ones(1000), "b": torch.ones(1000)}, sys.argv
     ]
     streamload.save_sharded({"a": torch.ones(3)}, tmp_path, manifest=False)
     assert _names(tmp_path) == ["model-rank-0-part-0.safetensors"]
+
+
+class _Killed:
+    """From the k-th call on that changes a folder, nothing changes any more: what a killed save leaves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+        self.calls = 0
+        self._at = at
+        for name in ("rename", "unlink"):
+            monkeypatch.setattr("streamload.save.local.os." + name, self._failing(getattr(os, name)))
+
+    def _failing(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any) -> None:
+            self.calls += 1
+            if self.calls >= self._at:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            call(*arguments)
+
+        return counted
+
+
+@pytest.mark.parametrize(("parts", "more"), [(1, 1), (2, 2), (3, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_save_that_is_killed_never_leaves_a_mixture(tmp_path: Path, parts: int, more: int, *, manifest: bool) -> None:
+    """Wherever it is: what loads is all of the one save or all of the other."""
+    earlier = {f"w.{part}": torch.zeros(100) for part in range(parts)}
+    later = {f"w.{part}": torch.ones(100) for part in range(more)}
+
+    def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        streamload.save_sharded(tensors, folder, max_file_bytes=400, manifest=manifest)
+
+    seen = set()
+    for at in range(1, 20):
+        folder = tmp_path / f"{at}"
+        save(folder, earlier)
+        with pytest.MonkeyPatch.context() as patch:
+            killed = _Killed(patch, at)
+            with suppress(SourceError):
+                save(folder, later)
+        for options in ({}, {"rank": 0, "world_size": 1}):
+            try:
+                found = streamload.load(folder, **options)  # type: ignore[arg-type]
+            except streamload.StreamloadError:
+                seen.add("neither")
+                continue
+            expected = later if found["w.0"][0] else earlier
+            seen.add("later" if expected is later else "earlier")
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        if killed.calls < at:
+            break
+    assert {"earlier", "later"} <= seen
+    assert ("neither" in seen) == (parts > 1 or more > 1)
+
+
+def test_manifests_of_what_is_replaced_are_removed(tmp_path: Path) -> None:
+    """They would tell of other content, or of files that are not there any more."""
+    streamload.save_sharded({"a": torch.ones(10), "b": torch.ones(10)}, tmp_path, max_file_bytes=40)
+    streamload.write_manifest(tmp_path / "model-rank-0-part-0.safetensors")
+    streamload.write_manifest(tmp_path)
+    (tmp_path / "streamload-manifest-model-rank-1-part-0.json").write_text("another rank's")
+    streamload.write_manifest(tmp_path / "model-rank-0-part-0.safetensors")
+    streamload.save_sharded({"a": torch.zeros(10)}, tmp_path, manifest=False)
+    assert _names(tmp_path) == ["model-rank-0-part-0.safetensors", "streamload-manifest-model-rank-1-part-0.json"]
+    assert torch.equal(streamload.load(tmp_path)["a"], torch.zeros(10))
 
 
 def test_two_saves_of_one_rank_do_not_mix(tmp_path: Path) -> None:

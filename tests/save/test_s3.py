@@ -256,8 +256,23 @@ def test_a_store_that_has_put_the_parts_together_wrongly(s3_bucket: S3Bucket, mo
     monkeypatch.setattr(S3Client, "call", lying)
     with pytest.raises(ChecksumError, match="the store says") as caught:
         _small_save(s3_bucket)
-    assert caught.value.object == FIRST.removeprefix("m/")
+    assert caught.value.object == "model-rank-0-part-2.safetensors"  # the last part comes first
     assert _keys(s3_bucket) == []
+
+
+def test_a_file_that_could_not_be_replaced_is_still_there(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    streamload.save_sharded({"a": torch.zeros(10)}, f"{s3_bucket.uri}/m")
+
+    def refuse(number: int, operation: str, after: bool) -> None:
+        if operation == "complete_multipart_upload":
+            raise AccessError("refused")
+
+    _Calls(monkeypatch, refuse)
+    with pytest.raises(AccessError, match="refused"):
+        streamload.save_sharded({"a": torch.ones(10)}, f"{s3_bucket.uri}/m")
+    assert _keys(s3_bucket) == [FIRST]
+    assert _uploads(s3_bucket) == []
+    assert torch.equal(streamload.load(f"{s3_bucket.uri}/m")["a"], torch.zeros(10))
 
 
 def test_a_part_that_is_damaged_on_the_way_is_refused(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from streamload.options import LoadOptions, resolve
 from streamload.sources import SourceObject
 from streamload.sources.http import HttpSource
 from streamload.testing import run_on_each_loop
-from tests.httpserver import FileServer, Handler, answer_range, cut, run_server
+from tests.httpserver import FileServer, Handler, answer_range, cut, run_server, serve_tunnel
 from tests.wire.server import ca_file, server_tls
 
 CONTENT = bytes(range(256)) * 400
@@ -332,7 +332,7 @@ class TestRedirects:
     def test_where_they_lead_is_asked_first_from_then_on(
         self, home: FileServer, elsewhere: FileServer, status: int
     ) -> None:
-        home.instead = redirect(f"{elsewhere.origin}{PATH}?sig=secret", status)
+        home.instead = redirect(f"{elsewhere.origin}{PATH}?sig=secret#part", status)
 
         async def body(source: HttpSource) -> None:
             home.seen.clear()
@@ -544,6 +544,27 @@ class TestOtherWays:
             assert (last["host"], last["proxy-authorization"]) == ("files.test", "Basic bWU6c2VjcmV0")
 
         run_on_each_loop(body)
+
+    def test_a_proxy_passes_tls_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It sees its own credentials, and nothing of what goes through it."""
+        server = FileServer()
+        server.put(PATH, CONTENT)
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca_file(tmp_path)))
+
+        async def body() -> None:
+            async with serve_tunnel(int(server.origin.rpartition(":")[2])) as (address, heads):
+                monkeypatch.setenv("https_proxy", address.replace("http://", "http://me:secret@"))
+                async with HttpSource("https://server.test/llama", http_headers={"X-Token": "t"}) as source:
+                    assert await read(source, await source.stat(KEY)) == CONTENT[100:300]
+                    assert source.paths == {"with aiohttp: through a proxy": 201}
+                assert heads[0].startswith("CONNECT server.test:443 HTTP/1.1\r\n")
+                assert "Proxy-Authorization: Basic bWU6c2VjcmV0" in heads[0]
+                assert "X-Token" not in heads[0]
+            assert "proxy-authorization" not in server.seen[-1].headers
+            assert server.seen[-1].headers["x-token"] == "t"
+
+        with run_server(server, tls=server_tls()):
+            run_on_each_loop(body)
 
     @pytest.mark.parametrize("after", [0, 150])
     def test_a_proxy_that_breaks_off(self, home: FileServer, monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,9 @@ from streamload.errors import (
 from streamload.loan import Loan
 from streamload.sources import SourceObject
 from streamload.sources.hub import HubSource
+from streamload.sources.hub_cache import CacheWriter
+from streamload.sources.hub_errors import Asked
+from streamload.sources.hub_repository import HubFile, Snapshot
 from streamload.testing import run_on_each_loop
 from tests.hubserver import Hub, Repository, git_sha1, sha256
 
@@ -190,21 +195,31 @@ class TestFiles:
 
 
 class TestAddresses:
-    def test_the_token_goes_to_the_hub_only(
-        self, hub: Hub, repository: Repository, monkeypatch: pytest.MonkeyPatch
+    def test_the_token_goes_to_the_hub_only_and_is_never_shown(
+        self,
+        hub: Hub,
+        repository: Repository,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         hub.tokens = repository.members = {"hf_secret"}
         repository.private = True
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        caplog.set_level(logging.DEBUG)
+        shown: list[object] = []
 
         async def body(source: HubSource) -> None:
             assert await read(source) == CONTENT[100:300]
-            assert (await source.describe())["token"] == "found"
+            facts = await source.describe()
+            assert facts["token"] == "found"
+            shown.extend([source, facts, await source._open(), (await source._open()).snapshot])
 
         run(body)
-        assert {seen.headers["authorization"] for seen in hub.hub.seen} == {"Bearer hf_secret"}
+        asked = [seen.headers["authorization"] for seen in hub.hub.seen if "org/model" in seen.path]
+        assert set(asked) == {"Bearer hf_secret"}
         assert hub.store.seen
         assert not any("authorization" in seen.headers for seen in hub.store.seen)
+        assert "secret" not in repr(shown) + caplog.text
 
     def test_an_address_is_found_once_and_again_when_it_expires(self, hub: Hub, repository: Repository) -> None:
         async def body(source: HubSource) -> None:
@@ -485,6 +500,39 @@ class TestWritingTheCache:
                 await self.read_all(source)
 
         run(body, cache=True, download_dir=str(tmp_path / "file"))
+
+    def test_nothing_is_compared_while_somebody_still_writes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A read that was asked for twice arrives twice; the second time may be after all is there."""
+        file = HubFile(KEY, len(CONTENT), sha256(CONTENT), None)
+        asked = Asked("http://hub", "org/model", None, with_token=False)
+        snapshot = Snapshot(asked, "0" * 40, {KEY: file}, str(tmp_path / "model"), {}, offline=False)
+        writer = CacheWriter(snapshot, {KEY})
+        inside, go_on = threading.Event(), threading.Event()
+        pwritev = os.pwritev
+
+        def slowly(descriptor: int, views: Sequence[memoryview], start: int) -> int:
+            if threading.current_thread().name == "slow":
+                inside.set()
+                go_on.wait()
+            return pwritev(descriptor, views, start)
+
+        monkeypatch.setattr(os, "pwritev", slowly)
+        told: list[bool] = []
+        slow = threading.Thread(
+            target=lambda: told.append(writer.write(file, 100, [memoryview(CONTENT)[100:200]])), name="slow"
+        )
+        slow.start()
+        inside.wait()
+        assert not writer.write(file, 0, [memoryview(CONTENT)])
+        go_on.set()
+        slow.join()
+        assert told == [True]
+        assert not writer.write(file, 0, [memoryview(bytes(len(CONTENT)))])
+        writer.finish(file)
+        writer.close()
+        assert (tmp_path / "model/blobs" / sha256(CONTENT)).read_bytes() == CONTENT
 
     def test_gaps_are_no_content(self, repository: Repository) -> None:
         """What a loan has no use for may land anywhere."""

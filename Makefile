@@ -4,6 +4,7 @@
 #   make test        lint, types, tests: whatever needs no root, no GPU and nothing but Python packages
 #   make test-all    the same, then the built wheel in environments of its own, the demo, and root-test
 #   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
+#   make vllm-test   checkpoints that streamload and a real vLLM exchange, in an environment of its own: x86-64, 2 GB
 #
 #   make cloud-test  the tests of gs:// and az://, against emulators; needs root, and npm for one of them
 #
@@ -67,6 +68,21 @@ test: $(INSTALLED)
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory types
 	$(MAKE) --no-print-directory pytest
+
+# Made anew where its list has changed. Nothing is compiled ahead: most of it is never imported.
+VLLM_VENV ?= build/vllm
+$(VLLM_VENV)/.installed: pyproject.toml constraints-vllm.txt
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --quiet install --no-deps --no-compile --requirement constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip --quiet install --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Each rank is a process that runs all the tests; where one fails, torchrun ends the others.
+.PHONY: vllm-test
+vllm-test: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/torchrun --standalone --nproc-per-node 1 -m pytest --exitfirst tests/engines
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/torchrun --standalone --nproc-per-node 2 -m pytest --exitfirst tests/engines
 
 .PHONY: wheel-test
 wheel-test: $(INSTALLED)

@@ -30,8 +30,9 @@ _IMPORT_TRIES = 7
 
 # What the tests need beside themselves.
 _TEST_FILES = ("tests", "examples", "README.md", "pyproject.toml")
-# The benchmarks' own tests stay out, as the benchmarks do: no wheel has them.
-_NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench")
+# The benchmarks' own tests stay out, as the benchmarks do: no wheel has them. So do those beside engines, which need
+# what is not installed here.
+_NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench", "engines")
 
 _TIME_THE_IMPORT = """
 import time

@@ -74,7 +74,8 @@ def save_sharded(
         rank: This rank.
         world_size: How many ranks there are.
         pp_size: How many pipeline stages these ranks make up; those of one stage follow one another.
-        pattern: A file name over the fields ``rank``, ``tp_rank``, ``pp_rank`` and ``part``. None: vLLM's,
+        pattern: A file name over the fields ``tp_rank`` or ``rank``, ``pp_rank`` and ``part``, as vLLM's
+            ``sharded_state`` takes it: both of the first two count within a stage. None: vLLM's own,
             ``model-rank-{rank}-part-{part}.safetensors``, or with several stages
             ``model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors``.
         max_file_bytes: How many bytes of tensors a file may hold; a larger tensor has a file of its own. None: no

@@ -16,7 +16,9 @@ TEXT = st.text(st.sampled_from("ab-_.{}03 *?[]+"), max_size=6)
 @st.composite
 def patterns(draw: st.DrawFn) -> str:
     """Patterns over fields that tell ranks apart, in any order, with any text between them."""
-    fields = draw(st.sampled_from([["{rank}"], ["{tp_rank}", "{pp_rank}"], ["{rank}", "{rank}", "{pp_rank}"]]))
+    fields = draw(
+        st.sampled_from([["{rank}", "{pp_rank}"], ["{tp_rank}", "{pp_rank}"], ["{rank}", "{rank}", "{pp_rank}"]])
+    )
     fields = draw(st.permutations([*fields, *draw(st.sampled_from([[], ["{part}"]]))]))
     texts = [draw(TEXT).replace("{", "{{").replace("}", "}}") for _ in fields]
     return "".join(f"x{text}-{field}" for text, field in zip(texts, fields, strict=True)) + "-.safetensors"

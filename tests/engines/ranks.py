@@ -1,0 +1,90 @@
+"""One rank's part of a vLLM model, built, loaded and saved by vLLM's own classes without an engine around it.
+
+An engine repacks the weights for its kernels once they are loaded, and on a CPU drops what they were: what it would
+save then is not what its loader wants. So models are looked at, saved and loaded before that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import destroy_model_parallel, init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+__all__ = ["Rank"]
+
+# The class, not its name: with a name, vLLM starts a process to find out what the class can do.
+ModelRegistry.register_model("LlamaForCausalLM", LlamaForCausalLM)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those of a model.
+
+    Attributes:
+        tp_size: How many ranks share each layer.
+        pp_size: How many pipeline stages there are.
+    """
+
+    tp_size: int
+    pp_size: int
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Which rank of how many, as streamload takes it."""
+        return {"rank": dist.get_rank(), "world_size": self.tp_size * self.pp_size, "pp_size": self.pp_size}
+
+    def join(self, folder: Path) -> None:
+        """Have vLLM group the ranks.
+
+        Args:
+            folder: A model's; it does not matter which.
+        """
+        with set_current_vllm_config(self._config(folder)):
+            destroy_model_parallel()
+            init_distributed_environment(backend="gloo")
+            initialize_model_parallel(self.tp_size, self.pp_size, backend="gloo")
+
+    def empty(self, folder: Path) -> torch.nn.Module:
+        """A model of the shape that a folder's config says, filled with a number that no checkpoint has."""
+        config = self._config(folder)
+        with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+            model: torch.nn.Module = initialize_model(vllm_config=config)
+        for tensor in model.state_dict().values():
+            tensor.fill_(-77)
+        return model
+
+    def loaded(self, folder: Path, load_format: str = "auto", *, pattern: str | None = None) -> torch.nn.Module:
+        """A model, with the folder's weights in it: by the loader that vLLM has for the format."""
+        config = self._config(folder, load_format, pattern)
+        model = self.empty(folder)
+        with set_current_vllm_config(config):
+            get_model_loader(config.load_config).load_weights(model, config.model_config)
+        return model
+
+    def arguments(self, folder: Path, load_format: str = "auto", pattern: str | None = None) -> dict[str, Any]:
+        """What vLLM is told of a model and of the ranks that have it."""
+        return {
+            "model": str(folder),
+            "load_format": load_format,
+            "model_loader_extra_config": {} if pattern is None else {"pattern": pattern},
+            "tensor_parallel_size": self.tp_size,
+            "pipeline_parallel_size": self.pp_size,
+            # The ranks are there already: they are torchrun's processes.
+            "distributed_executor_backend": "external_launcher",
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+        }
+
+    def _config(self, folder: Path, load_format: str = "auto", pattern: str | None = None) -> VllmConfig:
+        return EngineArgs(**self.arguments(folder, load_format, pattern)).create_engine_config()

@@ -222,6 +222,18 @@ def test_a_killed_conversion_goes_on_where_it_was(
     assert not [path.name for path in made.iterdir() if path.name.endswith("unfinished")]
 
 
+def test_one_that_goes_on_verifies_what_two_processes_have_read(source: Path, tmp_path: Path) -> None:
+    streamload.write_manifest(source)
+    made = tmp_path / "made"
+    options: dict[str, Any] = {"tp": 2, "read_bytes": 256 << 10, "verify": "require"}
+    assert run(Task(str(source), str(made), options, kill_at_bytes=7 * MIB)) is None
+    again = streamload.shard(source, made, **options)
+    assert 0 < again.resumed_bytes < again.nbytes
+    # A block that was read in part before counts where it is complete.
+    assert again.nbytes - again.resumed_bytes <= sum(again.verified.values()) <= again.nbytes
+    check(source, made, 2)
+
+
 @pytest.mark.parametrize("at", [1, 3, 4])
 def test_one_killed_while_files_get_their_names_goes_on_too(source: Path, tmp_path: Path, at: int) -> None:
     made = tmp_path / "made"
@@ -352,6 +364,17 @@ def test_from_and_to_s3(small: Path, tmp_path: Path, s3_bucket: S3Bucket) -> Non
         streamload.shard(uri, f"{uri}/made", tp=2)
     with pytest.raises(OptionError, match=r"too little to write 16 objects at the same time.*it takes 178257920"):
         streamload.shard(uri, f"{s3_bucket.uri}/never", tp=16, memory_bytes=64 * MIB)
+
+
+def test_a_whole_objects_checksum_counts_over_two_processes(small: Path, tmp_path: Path, s3_bucket: S3Bucket) -> None:
+    uri, made = upload(s3_bucket, small, "llama"), tmp_path / "made"
+    options: dict[str, Any] = {"tp": 2, "read_bytes": 64 << 10, "memory_bytes": 16 * MIB, "verify": "require"}
+    assert run(Task(uri, str(made), options, noted_bytes=100_000, kill_at_bytes=400_000)) is None
+    again = streamload.shard(uri, made, **options)
+    assert 200_000 <= again.resumed_bytes <= 400_000
+    # All bytes of the file that was being read, and those of the files after it.
+    assert sum(again.verified.values()) > again.nbytes - again.resumed_bytes
+    check(small, made, 2)
 
 
 @pytest.mark.parametrize(("at_bytes", "at_publish"), [(400_000, None), (None, 3)])

@@ -205,36 +205,27 @@ def test_a_finished_conversion_is_left_as_it_is(source: Path, tmp_path: Path) ->
     check(source, made, 2)
 
 
-@pytest.mark.parametrize(("at", "max_file_bytes"), [(1, None), (7 * MIB, None), (3 * MIB, MIB), (11 * MIB, MIB)])
+@pytest.mark.parametrize(("at", "max_file_bytes"), [(1, None), (7 * MIB, None), (11 * MIB, MIB)])
 def test_a_killed_conversion_goes_on_where_it_was(
     source: Path, tmp_path: Path, at: int, max_file_bytes: int | None
 ) -> None:
     made, whole = tmp_path / "made", tmp_path / "whole"
-    options: dict[str, Any] = {"tp": 2, "max_file_bytes": max_file_bytes, "read_bytes": 256 << 10}
+    options: dict[str, Any] = {"tp": 2, "max_file_bytes": max_file_bytes, "read_bytes": 256 << 10, "verify": "require"}
+    streamload.write_manifest(source)
     assert run(Task(str(source), str(made), options, kill_at_bytes=at)) is None
     assert not weights(made), "nothing is under its name before everything is complete"
     again = streamload.shard(source, made, **options)
     # An entry of the journal comes after each MiB at least, but for the tensor that is being read then.
     assert max(0, at - 3 * MIB) <= again.resumed_bytes <= at
+    # A block that was read in part before counts where it is complete.
+    assert again.nbytes - again.resumed_bytes <= sum(again.verified.values()) <= again.nbytes
     streamload.shard(source, whole, **options)
     assert weights(made) == weights(whole)
     check(source, made, 2)
     assert not [path.name for path in made.iterdir() if path.name.endswith("unfinished")]
 
 
-def test_one_that_goes_on_verifies_what_two_processes_have_read(source: Path, tmp_path: Path) -> None:
-    streamload.write_manifest(source)
-    made = tmp_path / "made"
-    options: dict[str, Any] = {"tp": 2, "read_bytes": 256 << 10, "verify": "require"}
-    assert run(Task(str(source), str(made), options, kill_at_bytes=7 * MIB)) is None
-    again = streamload.shard(source, made, **options)
-    assert 0 < again.resumed_bytes < again.nbytes
-    # A block that was read in part before counts where it is complete.
-    assert again.nbytes - again.resumed_bytes <= sum(again.verified.values()) <= again.nbytes
-    check(source, made, 2)
-
-
-@pytest.mark.parametrize("at", [1, 3, 4])
+@pytest.mark.parametrize("at", [1, 4])
 def test_one_killed_while_files_get_their_names_goes_on_too(source: Path, tmp_path: Path, at: int) -> None:
     made = tmp_path / "made"
     options: dict[str, Any] = {"tp": 2, "max_file_bytes": 4 * MIB}
@@ -518,13 +509,13 @@ def test_many_small_tensors_take_little_memory(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.safetensors").write_bytes(raw_checkpoint(shapes))
-    found = measured(source, tmp_path / "made", 4, 32 * MIB, '{"*": streamload.Shard(0)}')
+    found = measured(source, tmp_path / "made", 2, 32 * MIB, '{"*": streamload.Shard(0)}')
     assert found["tensors"] == 50_000
     assert found["above"] <= (32 + 64) * MIB
     with (
         safe_open(source / "model.safetensors", "pt") as whole,
-        safe_open(tmp_path / "made" / "model-rank-3-part-0.safetensors", "pt") as made,
+        safe_open(tmp_path / "made" / "model-rank-1-part-0.safetensors", "pt") as made,
     ):
         assert len(made.keys()) == 50_000
         for name in list(shapes)[::997]:
-            assert same_tensor(made.get_tensor(name), whole.get_tensor(name).chunk(4)[3])
+            assert same_tensor(made.get_tensor(name), whole.get_tensor(name).chunk(2)[1])

@@ -12,7 +12,7 @@ from awscrt import checksums as crt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamload.checksums import ALGORITHMS, Algorithm, Checksum, PartialChecksum, RunningChecksum
+from streamload.checksums import ALGORITHMS, Algorithm, BlockSums, Checksum, PartialChecksum, RunningChecksum
 
 CONTENT = random.Random(5).randbytes(5000)
 
@@ -78,3 +78,39 @@ def test_s3s_way_of_writing_them() -> None:
 @pytest.mark.parametrize("text", ["", "AAAA", "not base64!", "AAAAAA==-3"])
 def test_what_is_no_checksum_is_none(text: str) -> None:
     assert Checksum.from_base64("CRC64NVME", text) is None
+
+
+def test_sums_of_blocks_are_the_same_however_the_bytes_come() -> None:
+    content = bytes(range(256)) * 5
+    lengths = [1, 300, 79, 900]
+    expected = []
+    at = 0
+    for length in lengths:
+        running = RunningChecksum("CRC64NVME")
+        running.add(memoryview(content[at : at + length]))
+        expected.append(running.value)
+        at += length
+    for step in (1, 7, 300, 5000):
+        sums = BlockSums(lengths, [5])
+        for start in range(0, len(content), step):
+            sums.add(memoryview(content[start : start + step]))
+        assert list(sums.values) == [5, *expected]
+    with pytest.raises(ValueError, match="more than all blocks"):
+        sums.add(memoryview(b"x"))
+
+
+def test_parts_that_follow_one_another_are_put_together() -> None:
+    whole = PartialChecksum("CRC32C", 100)
+    content = bytes(range(100))
+    for start, end in ((60, 70), (0, 10), (10, 30), (70, 71)):
+        whole.add(start, [content[start:end]])
+    again = PartialChecksum("CRC32C", 100)
+    parts = whole.parts()
+    assert [(start, nbytes) for start, nbytes, _ in parts] == [(0, 30), (60, 11)]
+    for part in parts:
+        again.add_sum(*part)
+    for start, end in ((30, 60), (71, 100)):
+        again.add(start, [content[start:end]])
+    expected = PartialChecksum("CRC32C", 100)
+    expected.add(0, [content])
+    assert again.result() == expected.result()

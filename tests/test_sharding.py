@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import streamload
 from streamload import Absent, Experts, PackedShard, Placement, Replicate, Shard
 from streamload.checksums import Checksum
-from streamload.errors import CheckpointError, ChecksumError, OptionError
+from streamload.errors import CheckpointError, ChecksumError, OptionError, SourceError
+from streamload.save.conversion import ConversionWriter
 from streamload.save.journal import JOURNAL_NAME
+from streamload.save.local import _LocalFile
 from streamload.sources import SourceObject
 from streamload.sources.s3 import S3Source
-from tests.checkpoints import same_tensor, write_sharded
+from tests.checkpoints import raw_checkpoint, same_tensor, write_sharded
+from tests.save.sharded import cancelling, threads_of_ours
 from tests.servers import S3Bucket
 from tests.sharding import Task, run
 from tests.test_ranks import CONFIG, HIDDEN, llama
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test leaves no thread of ours and no open file behind."""
+    files = len(os.listdir("/proc/self/fd"))
+    yield
+    assert threads_of_ours() == []
+    if "s3_bucket" not in request.fixturenames:  # the test's own client keeps connections
+        assert len(os.listdir("/proc/self/fd")) <= files + 2  # libuv's own, for the process's first loop
 
 
 @pytest.fixture(scope="module")
@@ -185,24 +205,27 @@ def test_a_finished_conversion_is_left_as_it_is(source: Path, tmp_path: Path) ->
     check(source, made, 2)
 
 
-@pytest.mark.parametrize(("at", "max_file_bytes"), [(1, None), (7 * MIB, None), (3 * MIB, MIB), (11 * MIB, MIB)])
+@pytest.mark.parametrize(("at", "max_file_bytes"), [(1, None), (7 * MIB, None), (11 * MIB, MIB)])
 def test_a_killed_conversion_goes_on_where_it_was(
     source: Path, tmp_path: Path, at: int, max_file_bytes: int | None
 ) -> None:
     made, whole = tmp_path / "made", tmp_path / "whole"
-    options: dict[str, Any] = {"tp": 2, "max_file_bytes": max_file_bytes, "read_bytes": 256 << 10}
+    options: dict[str, Any] = {"tp": 2, "max_file_bytes": max_file_bytes, "read_bytes": 256 << 10, "verify": "require"}
+    streamload.write_manifest(source)
     assert run(Task(str(source), str(made), options, kill_at_bytes=at)) is None
     assert not weights(made), "nothing is under its name before everything is complete"
     again = streamload.shard(source, made, **options)
     # An entry of the journal comes after each MiB at least, but for the tensor that is being read then.
     assert max(0, at - 3 * MIB) <= again.resumed_bytes <= at
+    # A block that was read in part before counts where it is complete.
+    assert again.nbytes - again.resumed_bytes <= sum(again.verified.values()) <= again.nbytes
     streamload.shard(source, whole, **options)
     assert weights(made) == weights(whole)
     check(source, made, 2)
     assert not [path.name for path in made.iterdir() if path.name.endswith("unfinished")]
 
 
-@pytest.mark.parametrize("at", [1, 3, 4])
+@pytest.mark.parametrize("at", [1, 4])
 def test_one_killed_while_files_get_their_names_goes_on_too(source: Path, tmp_path: Path, at: int) -> None:
     made = tmp_path / "made"
     options: dict[str, Any] = {"tp": 2, "max_file_bytes": 4 * MIB}
@@ -334,6 +357,17 @@ def test_from_and_to_s3(small: Path, tmp_path: Path, s3_bucket: S3Bucket) -> Non
         streamload.shard(uri, f"{s3_bucket.uri}/never", tp=16, memory_bytes=64 * MIB)
 
 
+def test_a_whole_objects_checksum_counts_over_two_processes(small: Path, tmp_path: Path, s3_bucket: S3Bucket) -> None:
+    uri, made = upload(s3_bucket, small, "llama"), tmp_path / "made"
+    options: dict[str, Any] = {"tp": 2, "read_bytes": 64 << 10, "memory_bytes": 16 * MIB, "verify": "require"}
+    assert run(Task(uri, str(made), options, noted_bytes=100_000, kill_at_bytes=400_000)) is None
+    again = streamload.shard(uri, made, **options)
+    assert 200_000 <= again.resumed_bytes <= 400_000
+    # All bytes of the file that was being read, and those of the files after it.
+    assert sum(again.verified.values()) > again.nbytes - again.resumed_bytes
+    check(small, made, 2)
+
+
 @pytest.mark.parametrize(("at_bytes", "at_publish"), [(400_000, None), (None, 3)])
 def test_a_killed_conversion_into_s3_goes_on(
     small: Path, s3_bucket: S3Bucket, at_bytes: int | None, at_publish: int | None
@@ -367,3 +401,121 @@ def test_a_source_in_s3_that_is_not_what_its_store_says_leaves_nothing(small: Pa
             streamload.shard(uri, made, tp=2, memory_bytes=64 * MIB)
     assert raised.value.object is not None
     assert keys(s3_bucket, "made") == unfinished(s3_bucket) == []
+
+
+class TestWhatFails:
+    def test_a_disk_that_is_full_is_gone_on_from(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = tmp_path / "made"
+        options: dict[str, Any] = {"tp": 2, "max_file_bytes": MIB, "read_bytes": 256 << 10}
+        append, written = _LocalFile.append, 0
+
+        def full(self: _LocalFile, data: memoryview) -> None:
+            nonlocal written
+            written += data.nbytes
+            if written > 6 * MIB:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            append(self, data)
+
+        monkeypatch.setattr(_LocalFile, "append", full)
+        with pytest.raises(SourceError, match=r"No space left") as raised:
+            streamload.shard(source, made, **options)
+        assert raised.value.uri == str(made)
+        assert raised.value.object is not None
+        assert weights(made) == {}
+        monkeypatch.undo()
+        again = streamload.shard(source, made, **options)
+        assert 3 * MIB <= again.resumed_bytes < again.nbytes
+        check(source, made, 2)
+
+    def test_one_that_is_cancelled_is_gone_on_from(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = tmp_path / "made"
+        options: dict[str, Any] = {"tp": 2, "max_file_bytes": MIB, "read_bytes": 256 << 10}
+        with monkeypatch.context() as patch:
+            cancel = cancelling(patch)
+            append, written = _LocalFile.append, 0
+
+            def cancelled(self: _LocalFile, data: memoryview) -> None:
+                nonlocal written
+                written += data.nbytes
+                append(self, data)
+                if written > 6 * MIB:
+                    cancel()
+
+            patch.setattr(_LocalFile, "append", cancelled)
+            with pytest.raises((asyncio.CancelledError, concurrent.futures.CancelledError)):
+                streamload.shard(source, made, **options)
+        assert weights(made) == {}
+        again = streamload.shard(source, made, **options)
+        assert 3 * MIB <= again.resumed_bytes < again.nbytes
+        check(source, made, 2)
+
+    def test_a_second_one_at_the_same_time_is_refused(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = tmp_path / "made"
+        publish, refused = ConversionWriter.publish, []
+
+        async def publish_after_another(self: ConversionWriter, *, manifests: bool) -> list[str]:
+            with pytest.raises(SourceError, match="another save") as raised:
+                await asyncio.to_thread(streamload.shard, source, made, tp=2)
+            refused.append(raised.value)
+            return await publish(self, manifests=manifests)
+
+        monkeypatch.setattr(ConversionWriter, "publish", publish_after_another)
+        streamload.shard(source, made, tp=2)
+        assert len(refused) == 1
+        check(source, made, 2)
+
+
+_MEASURED = """
+import json, sys
+from pathlib import Path
+import streamload
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+made = streamload.shard(*sys.argv[1:3], tp=int(sys.argv[3]), memory_bytes=int(sys.argv[4]), placements=PLACEMENTS)
+print(json.dumps({"above": status("VmHWM") - before, "torch": "torch" in sys.modules, "tensors": made.tensors}))
+"""
+
+
+def measured(source: Path, made: Path, tp: int, memory_bytes: int, placements: str) -> dict[str, int]:
+    """Convert in a process of its own; how far its memory went above what it has after the import."""
+    program = _MEASURED.replace("PLACEMENTS", placements)
+    command = [sys.executable, "-W", "error", "-c", program, source, made, tp, memory_bytes]
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, timeout=300)
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+def test_memory_stays_within_its_limit(tmp_path: Path) -> None:
+    tensors = {f"{number}.o_proj": torch.full((4096, 4096), number, dtype=torch.int16) for number in range(8)}
+    source = write_sharded(tmp_path / "source", tensors, files=2)
+    found = measured(source, tmp_path / "made", 8, 32 * MIB, '{"*": streamload.Shard(1)}')
+    assert found["above"] <= (32 + 64) * MIB
+    assert not found["torch"]
+
+
+def test_many_small_tensors_take_little_memory(tmp_path: Path) -> None:
+    shapes = {f"model.layers.{n // 500}.mlp.experts.{n % 500}.up_proj.weight": ("BF16", (8, 16)) for n in range(50_000)}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(raw_checkpoint(shapes))
+    found = measured(source, tmp_path / "made", 2, 32 * MIB, '{"*": streamload.Shard(0)}')
+    assert found["tensors"] == 50_000
+    assert found["above"] <= (32 + 64) * MIB
+    with (
+        safe_open(source / "model.safetensors", "pt") as whole,
+        safe_open(tmp_path / "made" / "model-rank-1-part-0.safetensors", "pt") as made,
+    ):
+        assert len(made.keys()) == 50_000
+        for name in list(shapes)[::997]:
+            assert same_tensor(made.get_tensor(name), whole.get_tensor(name).chunk(2)[1])

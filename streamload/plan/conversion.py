@@ -129,6 +129,12 @@ class Conversion:
                 assert part is not None
                 yield part.name, part.dtype, part.shape
 
+    def held(self, rank: int, group: int) -> Iterator[tuple[str, int]]:
+        """The names of what lies in a rank's file of a group, in order, and how many bytes each has."""
+        for number in self.groups[group]:
+            if nbytes := self._nbytes[rank][number]:
+                yield self._tensors[number][1].name, nbytes
+
     def slices(self, number: int) -> list[TensorInfo | None]:
         """What each rank has of a tensor, by the tensor's number."""
         if self._last[0] != number:

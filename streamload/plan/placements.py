@@ -101,10 +101,20 @@ class Placements(ABC):
         stages = _Stages(list(names), ranks, self.layers)
         bound = self.bind(names)
 
+        # Tensors of a model repeat their shapes, and a slice takes ten times as long to work out as to move.
+        known: dict[tuple[str, tuple[int, ...], Placement], TensorInfo | None] = {}
+
         def slice_of(tensor: TensorInfo) -> TensorInfo | None:
             # Before the stage is looked at: what is not known is an error on every rank, not on one of them.
             placement = bound.of(tensor, ranks, uneven)
-            return slice_tensor(tensor, placement, ranks, uneven=uneven) if stages.has(tensor.name) else None
+            if not stages.has(tensor.name):
+                return None
+            kind = tensor.dtype, tensor.shape, placement
+            if kind not in known:
+                found = slice_tensor(tensor, placement, ranks, uneven=uneven)
+                known[kind] = None if found is None else _moved(found, tensor.name, -tensor.start)
+            part = known[kind]
+            return None if part is None else _moved(part, tensor.name, tensor.start)
 
         return slice_of
 
@@ -144,6 +154,12 @@ class Placements(ABC):
         from streamload.plan.decoders import DecoderPlacements
 
         return DecoderPlacements(config)
+
+
+def _moved(part: TensorInfo, name: str, nbytes: int) -> TensorInfo:
+    """The same slice of another tensor, which lies elsewhere."""
+    stripes = tuple(replace(stripe, file_start=stripe.file_start + nbytes) for stripe in part.stripes)
+    return TensorInfo(name, part.dtype, part.shape, part.start + nbytes, part.end + nbytes, stripes)
 
 
 def one_expert(name: str, number: int, experts: int, ranks: Ranks) -> Placement:

@@ -15,7 +15,6 @@ from streamload.checkpoint import (
     TensorInfo,
     encode_header,
     encode_manifest,
-    tensor_bytes,
 )
 from streamload.checksums import BlockSums, RunningChecksum
 from streamload.errors import StreamloadError
@@ -280,8 +279,8 @@ class ConversionWriter:
             file = self._files[name]
             at, number = file.header_bytes, 0
             said = []
-            for tensor, dtype, shape in self._conversion.entries(rank, group):
-                end = at + tensor_bytes(dtype, shape)
+            for tensor, nbytes in self._conversion.held(rank, group):
+                end = at + nbytes
                 blocks = -(-(end - at) // BLOCK_BYTES)
                 values = file.sums.values[number : number + blocks]
                 said.append(ManifestTensor(tensor, at, end, b"".join(value.to_bytes(8, "big") for value in values)))

@@ -161,7 +161,8 @@ class _LocalFile(NewFile):
                 # Who had it locked may have renamed or removed it meanwhile.
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(fd), os.stat(self._unfinished)):
-                        os.ftruncate(fd, kept_bytes)
+                        if os.fstat(fd).st_size != kept_bytes:  # else it would be changed, for who looks at its time
+                            os.ftruncate(fd, kept_bytes)
                         self._fd, fd = fd, -1
                         self._position, self._begun = kept_bytes, True
             finally:
@@ -170,17 +171,19 @@ class _LocalFile(NewFile):
 
     def reopen(self, kept: Mapping[str, Any]) -> bool:
         """On a thread: have the file as it was kept, or as it was published since; whether it is there."""
-        nbytes, inode = kept.get("bytes"), kept.get("inode")
+        nbytes, inode, time = kept.get("bytes"), kept.get("inode"), kept.get("mtime_ns")
         if type(nbytes) is not int or not 0 <= nbytes <= self.size_bytes:
             return False
         with suppress(FileNotFoundError):
             status = os.stat(self._unfinished, follow_symlinks=False)
-            if status.st_ino == inode and status.st_size >= nbytes:
+            whole = status.st_size == nbytes == self.size_bytes
+            if status.st_ino == inode and (status.st_mtime_ns == time if whole else status.st_size >= nbytes):
                 self.open(nbytes)
                 return True
         with suppress(FileNotFoundError):
             status = os.stat(self._final)
-            self.published = status.st_ino == inode and status.st_size == nbytes == self.size_bytes
+            whole = status.st_size == nbytes == self.size_bytes
+            self.published = whole and (status.st_ino, status.st_mtime_ns) == (inode, time)
         return self.published
 
     async def write(self, data: memoryview) -> None:
@@ -224,7 +227,8 @@ class _LocalFile(NewFile):
     def _keep(self) -> dict[str, Any]:
         assert self._fd is not None
         os.fsync(self._fd)
-        return {"bytes": self._position, "inode": os.fstat(self._fd).st_ino}
+        status = os.fstat(self._fd)
+        return {"bytes": self._position, "inode": status.st_ino, "mtime_ns": status.st_mtime_ns}
 
     async def leave(self) -> None:
         await self._folder.run(self._close, self.name)

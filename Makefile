@@ -2,7 +2,7 @@
 #
 #   make demo        serve a sample checkpoint from a local S3 server and stream it back
 #   make test        lint, types, tests: whatever needs no root, no GPU and nothing but Python packages
-#   make test-all    the same, then the built wheel in environments of its own, the demo, and root-test
+#   make test-all    the same, then the built wheel in environments of its own, the demo, root-test and cloud-test
 #   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
 #   make vllm-test   checkpoints that streamload and a real vLLM exchange, in an environment of its own: x86-64, 2 GB
 #
@@ -94,6 +94,7 @@ test-more: $(INSTALLED)
 	$(MAKE) --no-print-directory wheel-test
 	$(MAKE) --no-print-directory demo
 	$(MAKE) --no-print-directory root-test
+	$(MAKE) --no-print-directory cloud-test
 
 .PHONY: test-all
 test-all: $(INSTALLED)
@@ -113,6 +114,7 @@ $(VENV)/.cloud: $(INSTALLED)
 
 AZURITE := build/azurite/node_modules/.bin/azurite-blob
 $(AZURITE):
+	@command -v npm >/dev/null || { apt-get update -qq && apt-get install -qq npm; }
 	npm install --silent --no-audit --no-fund --prefix build/azurite azurite@3.37.0
 
 # Each in a process of its own, since Run:ai's engine reads one kind of object store in a process.

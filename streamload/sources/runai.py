@@ -205,8 +205,8 @@ class RunaiFileSource(RunaiSource):
     read_bytes: ClassVar[int] = 8 << 20
     # The engine's own threads are more; so many reads keep them busy while answers are passed on.
     concurrency: ClassVar[int] = 8
-    # Past the page cache the engine can only read where a byte's address and its offset differ by whole blocks: cold
-    # files then take a third less time than with our own source; cached ones take longer (see docs/runai.md).
+    # Past the page cache the engine can only read where a byte's address and its offset differ by whole blocks. That is
+    # what it is chosen for: files read for the first time come fastest so, cached ones do not (see docs/runai.md).
     congruence_bytes: ClassVar[int] = 4096
 
     _own: LocalSource

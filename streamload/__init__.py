@@ -65,6 +65,8 @@ from streamload.plan import (
 )
 from streamload.report import Report
 from streamload.saving import SavedShards, save_sharded
+from streamload.stage import StageArguments, Staged
+from streamload.staging import stage_checkpoint
 from streamload.trace import Trace
 from streamload.verification import BadBlock, FileVerification, Verification, verify
 
@@ -117,6 +119,8 @@ __all__ = [
     "Shard",
     "ShardFile",
     "SourceError",
+    "StageArguments",
+    "Staged",
     "Stream",
     "StreamloadError",
     "Stripe",
@@ -134,6 +138,7 @@ __all__ = [
     "load_into",
     "open",
     "save_sharded",
+    "stage_checkpoint",
     "stream",
     "verify",
     "write_manifest",

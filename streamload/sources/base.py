@@ -50,6 +50,7 @@ class Source(ABC):
             this power of two; 1 where it makes no difference.
         companions: Whether what lies beside an object, such as a manifest, is of the version that is read.
         requests: How many requests (or system calls that read) have been sent so far.
+        asked_at_s: When the first request was sent, by `time.monotonic`; None before, and where nobody notes it.
         paths: Bytes read so far by the way they came, where there is more than one.
     """
 
@@ -66,6 +67,7 @@ class Source(ABC):
         self.uri = scrub_uri(uri)
         self.companions = True
         self.requests = 0
+        self.asked_at_s: float | None = None
         self.paths: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:

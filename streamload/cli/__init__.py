@@ -1,4 +1,4 @@
-"""The command line: ``streamload inspect``, ``load``, ``manifest``, ``verify``, ``doctor``."""
+"""The command line: ``streamload inspect``, ``load``, ``stage``, ``manifest``, ``verify``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import streamload
-from streamload.cli import arguments, console, doctor, inspect, load, manifest, verify
+from streamload.cli import arguments, console, doctor, inspect, load, manifest, stage, verify
 from streamload.cli.signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -26,6 +26,7 @@ class _Command(Protocol):
 _COMMANDS: dict[str, _Command] = {
     "inspect": inspect,
     "load": load,
+    "stage": stage,
     "manifest": manifest,
     "verify": verify,
     "doctor": doctor,
@@ -35,6 +36,7 @@ _EXAMPLES = """\
 examples:
   streamload inspect s3://models/llama
   streamload load s3://models/llama --device cuda:0
+  streamload stage s3://models/llama /mnt/models
   streamload doctor s3://models/llama"""
 
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 wrong use, 130 stopped by SIGINT, 143 stopped by SIGTERM.
     """
     signals = Signals()
+    console.speak_json(False)
     try:
         with signals:
             code = _run(argv, signals)

@@ -524,6 +524,7 @@ class Stager:
             self.folder,
             kept,
             self.recorder.total_bytes,
+            extra={"fields": {"files": len(self._files), "kept_bytes": kept, "total_bytes": self.recorder.total_bytes}},
         )
         self._phase("check")
         await self._bring(files)
@@ -751,7 +752,13 @@ class Stager:
             self.recorder.verified(file.object.size_bytes, _what(check.by))
         elif check.reason is not None:
             self.recorder.unverified(file.object.size_bytes, check.reason)
-        _logger.info("%s: %s is whole, %d bytes", self.uri, file.object.key, file.object.size_bytes)
+        _logger.info(
+            "%s: %s is whole, %d bytes",
+            self.uri,
+            file.object.key,
+            file.object.size_bytes,
+            extra={"fields": {"file": file.object.key, "nbytes": file.object.size_bytes}},
+        )
         for future in [*file.wholly, *(waiter[2] for waiter in file.waiters)]:
             if not future.done():
                 future.set_result(None)

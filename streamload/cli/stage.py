@@ -94,13 +94,14 @@ def run(given: argparse.Namespace, signals: Signals) -> int:
         if log not in _LOGS:
             raise streamload.OptionError(f"log={log!r} is not one of: {', '.join(_LOGS)}")
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
-        console.speak_json(log == "json" or (log == "auto" and not is_terminal))
+        as_json = log == "json" or (log == "auto" and not is_terminal)
+        console.speak_json(as_json)
         names = streamload.StageArguments.__optional_keys__
         options = cast("Any", {name: value for name, value in vars(given).items() if name in names})
         options["progress"] = not given.quiet
         for uri, folder in _pairs(given.places, told):
             staged = streamload.stage_checkpoint(uri, folder, **options)
-            if given.json:
+            if as_json or given.json:
                 console.emit_json(dataclasses.asdict(staged) | {"gb_per_s": staged.gb_per_s})
             else:
                 console.emit("\n".join(map(console.printable, _lines(staged))))

@@ -196,7 +196,8 @@ class Stager:
 
     def __init__(self, uri: str, folder: str | None, options: StageOptions, reading: LoadOptions) -> None:
         assert reading.memory_bytes is not None
-        self.uri = scrub_uri(uri)
+        # What a relative path means depends on where a process runs.
+        self.uri = os.path.abspath(uri) if "://" not in uri else scrub_uri(uri)
         self.folder = folder or ""
         self._link = folder if options.cache is not None else None
         self._options = options
@@ -227,6 +228,7 @@ class Stager:
         self._use: FileLock | None = None
         self._urgent: dict[tuple[str, int], Piece] = {}
         self._order: Iterable[str] = ()
+        self._wanted: list[tuple[str, int, int]] = []
         self._workers = 0
         self._buffers: list[memoryview] = []
         self._landed_bytes = 0
@@ -288,6 +290,9 @@ class Stager:
 
     def want(self, key: str, start: int, end: int) -> None:
         """Have a range brought before everything that nobody has asked for."""
+        if self._files[key].staged is None:
+            self._wanted.append((key, start, end))  # not cut into pieces yet
+            return
         pending = self._files[key].pending
         for at in [at for at, piece in pending.items() if piece.start < end and start < piece.end]:
             self._urgent[key, at] = pending.pop(at)
@@ -635,6 +640,9 @@ class Stager:
 
     async def _bring(self, files: list[_File]) -> None:
         self._order = [file.object.key for file in files]
+        for key, start, end in self._wanted:
+            if self._files[key].ready is None:
+                self.want(key, start, end)
         self.recorder.start("read")
         try:
             async with asyncio.TaskGroup() as group:

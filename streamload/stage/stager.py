@@ -168,6 +168,7 @@ class _Listing:
     """What there is to stage, at which versions."""
 
     files: dict[str, _File]
+    listed: dict[str, SourceObject]  # what else lies beside them, manifests perhaps
     digest: str
     index: str | None
     shards: tuple[str, ...]
@@ -416,7 +417,7 @@ class Stager:
         objects = [deeper[name].result() if name in deeper else listed[name] for name in keys]
         files = {object.key: _File(object, identity(self.uri, object)) for object in objects}
         digest = version_digest(file.identity for file in files.values())
-        return _Listing(files, digest, index, shards or ())
+        return _Listing(files, listed, digest, index, shards or ())
 
     async def _stat(self, key: str) -> SourceObject:
         try:
@@ -461,7 +462,7 @@ class Stager:
                 files = {
                     file.key: _File(SourceObject(file.key, file.size_bytes, ""), file.identity) for file in ready.files
                 }
-                listing = _Listing(files, ready.digest, ready.index, ready.shards)
+                listing = _Listing(files, {}, ready.digest, ready.index, ready.shards)
                 self._adopt(listing, {file.key: file for file in ready.files})
                 self._phase("check")
                 await self._link_to_version()
@@ -517,7 +518,7 @@ class Stager:
         there = await self._call(lambda: self._look(listing, known))
         self._adopt(listing, there)
         files = [file for file in listing.files.values() if file.ready is None]
-        await self._find_checks(files)
+        await self._find_checks(files, listing.listed)
         self._memory = await self._call(lambda: in_memory(self.folder))
         await self._make_room(files)
         await self._call(lambda: self._begin(files, noted))
@@ -566,19 +567,18 @@ class Stager:
             )
         return there
 
-    async def _find_checks(self, files: list[_File]) -> None:
+    async def _find_checks(self, files: list[_File], listed: dict[str, SourceObject]) -> None:
         """Find out what the files have to sum up to."""
         if self._reading.verify == "off":
             for file in files:
                 file.check = Check(file.object, reason=_SWITCHED_OFF)
             return
         required = self._reading.verify == "require"
-        objects = {file.object.key: file.object for file in self._files.values()}
         wanted = [file.object for file in files]
         async with asyncio.TaskGroup() as group:
             asking = group.create_task(ask_checksums(self._fetcher, wanted, self._tuner.most))
             weights = [object.key for object in wanted if object.key.endswith(".safetensors")]
-            finding = group.create_task(find_manifests(self._fetcher, self.recorder, objects, weights))
+            finding = group.create_task(find_manifests(self._fetcher, self.recorder, listed, weights))
         kept, said = asking.result(), finding.result()
         for file in files:
             key = file.object.key

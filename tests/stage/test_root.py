@@ -1,0 +1,133 @@
+"""Volumes that are full, read-only or gone, and a container's memory limit: what only root can make."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import streamload
+from streamload.errors import SourceError
+from tests.stage.models import PIECE, names, same, shard_of, source_of
+
+pytestmark = pytest.mark.root
+
+_MIB = 1 << 20
+
+
+@contextmanager
+def _mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=False, capture_output=True)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return source_of(tmp_path / "source")
+
+
+def _stage(source: Path, folder: Path, on_event: Callable[[streamload.Event], None] | None = None) -> streamload.Staged:
+    return streamload.stage_checkpoint(source, folder, read_bytes=PIECE, memory_bytes=_MIB, on_event=on_event)
+
+
+def test_no_room_is_seen_before_the_first_byte(source: Path, tmp_path: Path) -> None:
+    with _mounted(tmp_path / "volume", "size=5M") as volume:
+        with pytest.raises(SourceError, match=r"no room: .* the volume has"):
+            _stage(source, volume)
+        assert names(volume) == set()
+
+
+def test_a_volume_that_others_fill(source: Path, tmp_path: Path) -> None:
+    with _mounted(tmp_path / "volume", "size=6M") as volume:
+
+        def fill(event: streamload.Event) -> None:
+            if event.kind == "read" and event.start == 3 * PIECE:
+                with pytest.raises(OSError, match="No space"), (volume / "theirs").open("wb") as file:
+                    file.write(bytes(8 * _MIB))
+
+        with pytest.raises(SourceError, match="ENOSPC"):
+            _stage(source, volume, fill)
+        assert "READY" not in names(volume)
+        (volume / "theirs").unlink()
+        _stage(source, volume)
+        assert same(source, volume)
+
+
+def test_a_volume_that_is_read_only(source: Path, tmp_path: Path) -> None:
+    with _mounted(tmp_path / "volume", "size=20M") as volume:
+        subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+        with pytest.raises(SourceError, match="EROFS"):
+            _stage(source, volume)
+        subprocess.run(["mount", "-o", "remount,rw", volume], check=True)
+        _stage(source, volume)
+        subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+        assert _stage(source, volume).state == "present"
+
+
+def test_a_volume_that_vanishes(source: Path, tmp_path: Path) -> None:
+    with _mounted(tmp_path / "volume", "size=20M") as volume:
+
+        def vanish(event: streamload.Event) -> None:
+            if event.kind == "read" and event.start == 3 * PIECE:
+                subprocess.run(["umount", "--lazy", volume], check=False)
+
+        with pytest.raises(SourceError):
+            _stage(source, volume, vanish)
+        assert os.listdir(volume) == []  # what was below the mount
+
+
+class _Container:
+    """A memory control group of version 1, as a container has one."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._path = Path("/sys/fs/cgroup/memory") / f"streamload-test-{uuid.uuid4().hex}"
+        self._limit_bytes = limit_bytes
+
+    def __enter__(self) -> _Container:
+        self._path.mkdir()
+        (self._path / "memory.limit_in_bytes").write_text(str(self._limit_bytes))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.rmdir()
+
+    def run(self, *command: object) -> tuple[int, int]:
+        """Run the command line in it: its exit code, and the most memory of its own that it had, in bytes."""
+        shell = f'echo $$ > {self._path}/cgroup.procs; exec "$0" -m streamload "$@"'
+        with subprocess.Popen(["sh", "-c", shell, sys.executable, *map(str, command)]) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, usage.ru_maxrss * 1024
+
+
+def test_a_container_of_256_mib(tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.mkdir()
+    header = shard_of("big", 0, 0)
+    nbytes = 400 * _MIB
+    text = header[8:].replace(b"[0]", b"[%d]" % nbytes).replace(b"[0, 0]", b"[0, %d]" % nbytes)
+    with (big / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + nbytes)
+    words = tmp_path / "words"
+    with _Container(256 * _MIB) as container:
+        code, most = container.run("stage", big, tmp_path / "disk", "--memory-bytes", "64MiB", "--quiet")
+        assert code == 0
+        assert most < 200 * _MIB
+        with _mounted(tmp_path / "memory", "size=1G") as volume:
+            assert container.run("stage", big, volume, "--termination-log", words)[0] == 1
+            assert "this volume is memory" in words.read_text()
+            assert "the cgroup v1 leaves" in words.read_text()
+            assert names(volume) == set()
+    assert streamload.verify(tmp_path / "disk", progress=False).files[0].bad == ()
+    assert (tmp_path / "disk" / "model.safetensors").stat().st_size == (big / "model.safetensors").stat().st_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 from streamload.deadlines import deadline
 from streamload.errors import OptionError, StreamloadError
@@ -66,9 +66,12 @@ def stage_checkpoint(
     except StreamloadError as error:
         raise error.locate(uri=scrub_uri(os.fspath(uri))) from error.__cause__
     began_s = _process_began_s()
-    if staged.asked_at_s is None or began_s is None:
-        return staged
-    return dataclasses.replace(staged, first_request_s=staged.asked_at_s - began_s)
+    asked = staged.asked_at_s is not None and began_s is not None
+    return dataclasses.replace(
+        staged,
+        first_request_s=cast("float", staged.asked_at_s) - cast("float", began_s) if asked else None,
+        peak_rss_bytes=_peak_rss_bytes(),
+    )
 
 
 def _path_of(folder: str) -> str:
@@ -99,3 +102,12 @@ def _process_began_s() -> float | None:
     except (OSError, ValueError, IndexError):
         return None
     return time.monotonic() - ago_s
+
+
+def _peak_rss_bytes() -> int | None:
+    """Not that of getrusage, which counts what the process was before it became this program. Source: proc(5)."""
+    try:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:")), None)
+    except OSError:
+        return None

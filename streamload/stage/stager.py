@@ -21,7 +21,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
@@ -93,6 +93,11 @@ _SAY_AFTER_S = 1.0
 
 _PAGE_BYTES = mmap.PAGESIZE
 
+# With 64 MiB, reads of 4 MiB: a sixth less processor time for each byte than with 1 MiB, and a dozen of them fill a
+# link of 10 Gbit/s at 100 MiB/s each.
+_READS_IN_MEMORY = 16
+_LEAST_READ_BYTES = 1 << 20
+
 _SWITCHED_OFF = "verify is off"
 
 
@@ -120,6 +125,7 @@ class Staged:
         unverified: Bytes that were not, by the reason.
         asked_at_s: When the source was asked first, by `time.monotonic`; None where it was not.
         first_request_s: The same, counted from the process's start.
+        peak_rss_bytes: The most memory that the process ever had; None where the system does not tell.
     """
 
     uri: str
@@ -139,6 +145,7 @@ class Staged:
     unverified: dict[str, int] = field(default_factory=dict)
     asked_at_s: float | None = None
     first_request_s: float | None = None
+    peak_rss_bytes: int | None = None
 
     @property
     def gb_per_s(self) -> float:
@@ -209,6 +216,11 @@ class Stager:
         self.recorder = Recorder(self.uri, "none", self._memory_bytes, on_event=reading.on_event)
         self.recorder.source = self.source.scheme
         self.recorder.count_requests(lambda: self.source.requests)
+        if reading.read_bytes is None and self.source.most_concurrency is not None:
+            # Longer than a load's of so little memory: nothing waits for what arrives but the volume, so that fewer
+            # reads at once do, and each costs processor time.
+            read_bytes = max(_LEAST_READ_BYTES, self._memory_bytes // _READS_IN_MEMORY)
+            reading = replace(reading, read_bytes=min(self.source.read_bytes, read_bytes))
         self._read_bytes, begin, most = effective_reads(self.source, reading)
         # Every other write is of whole pages.
         self._read_bytes = max(_PAGE_BYTES, self._read_bytes - self._read_bytes % _PAGE_BYTES)

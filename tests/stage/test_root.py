@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import streamload
 from streamload.errors import SourceError
+from tests.cli.programs import TIMEOUT_S
 from tests.stage.models import PIECE, names, same, shard_of, source_of
 
 pytestmark = pytest.mark.root
@@ -101,13 +103,12 @@ class _Container:
     def __exit__(self, *_: object) -> None:
         self._path.rmdir()
 
-    def run(self, *command: object) -> tuple[int, int]:
-        """Run the command line in it: its exit code, and the most memory of its own that it had, in bytes."""
+    def run(self, *command: object) -> subprocess.CompletedProcess[str]:
+        """Run the command line in it."""
         shell = f'echo $$ > {self._path}/cgroup.procs; exec "$0" -m streamload "$@"'
-        with subprocess.Popen(["sh", "-c", shell, sys.executable, *map(str, command)]) as process:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        return process.returncode, usage.ru_maxrss * 1024
+        return subprocess.run(
+            ["sh", "-c", shell, sys.executable, *map(str, command)], capture_output=True, text=True, timeout=TIMEOUT_S
+        )
 
 
 def test_a_container_of_256_mib(tmp_path: Path) -> None:
@@ -121,11 +122,11 @@ def test_a_container_of_256_mib(tmp_path: Path) -> None:
         file.truncate(file.tell() + nbytes)
     words = tmp_path / "words"
     with _Container(256 * _MIB) as container:
-        code, most = container.run("stage", big, tmp_path / "disk", "--memory-bytes", "64MiB", "--quiet")
-        assert code == 0
-        assert most < 200 * _MIB
+        done = container.run("stage", big, tmp_path / "disk", "--memory-bytes", "64MiB", "--quiet", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["peak_rss_bytes"] < 200 * _MIB
         with _mounted(tmp_path / "memory", "size=1G") as volume:
-            assert container.run("stage", big, volume, "--termination-log", words)[0] == 1
+            assert container.run("stage", big, volume, "--termination-log", words).returncode == 1
             assert "this volume is memory" in words.read_text()
             assert "the cgroup v1 leaves" in words.read_text()
             assert names(volume) == set()

@@ -819,6 +819,9 @@ class Stager:
             os.unlink(os.path.join(self.folder, JOURNAL_NAME))
 
     async def _link_to_version(self) -> None:
+        """With a cache: the version is in use from now on, and the folder is a link to it."""
+        if self._use is not None:
+            self._use.touch()
         if self._link is not None:
             link = self._link
             await self._call(lambda: cache.link_to(link, os.path.abspath(self.folder)))

@@ -64,13 +64,13 @@ def main() -> None:
         _install(python, f"{wheel}[test]")
         _check_without_torch(python, tests)
         torchless, others = _split_tests(tests)
-        _run_tests(python, tests, "not gpu and not torch", torchless)
+        _run_tests(python, tests, "not gpu and not root and not torch", torchless)
 
         if not arguments.without_torch:
             _headline("The wheel, with torch")
             _install(python, f"{wheel}[test,torch]")
-            _run_tests(python, tests, "not gpu and torch", torchless)
-            _run_tests(python, tests, "not gpu", others)
+            _run_tests(python, tests, "not gpu and not root and torch", torchless)
+            _run_tests(python, tests, "not gpu and not root", others)
 
 
 def _build(dist: Path) -> Path:

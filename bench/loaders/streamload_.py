@@ -28,11 +28,17 @@ class Streamload(Loader):
 
     def imports(self) -> None:
         """What a load imports by and by, too."""
-        for name in ("torch", "uvloop", "streamload", "streamload.sinks.host", "streamload.sinks.parameters"):
+        for name in ("uvloop", "streamload"):
             import_module(name)
 
     def imports_for(self, job: Job) -> None:
-        """A source or sink is imported when a load first uses it; that is no part of what is measured."""
+        """A source or sink is imported when a load first uses it; that is no part of what is measured.
+
+        Staging needs no torch, and imports none.
+        """
+        if job.destination != "stage":
+            for name in ("torch", "streamload.sinks.host", "streamload.sinks.parameters"):
+                import_module(name)
         if job.remote:
             # streamload imports its S3 client on the load's own thread, when a bucket is first opened.
             for name in ("streamload.sources.s3", "streamload.sources.s3_client", *_S3_CLIENT):

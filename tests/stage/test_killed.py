@@ -49,6 +49,7 @@ def dying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dying]:
     source = source_of(tmp_path_factory.mktemp("killed") / "source")
     with subprocess.Popen(
         [sys.executable, "-m", "tests.stage.dying", str(source), str(PIECE)],
+        cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

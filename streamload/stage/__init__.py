@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streamload.stage.options import StageArguments, StageOptions
-from streamload.stage.stager import Staged, Stager
+from streamload.stage.staged import Staged
+from streamload.stage.stager import Stager
 
 __all__ = ["StageArguments", "StageOptions", "Staged", "Stager"]

@@ -38,7 +38,12 @@ class FileLock:
         Raises:
             OSError: The file cannot be opened.
         """
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+        except PermissionError:
+            # Another user's: to lock it, and to wait for it, reading is enough.
+            fd = os.open(self.path, os.O_RDONLY | flags)
         try:
             if self._lock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
                 # Who had it may have removed the file, with all that is around it.
@@ -51,9 +56,10 @@ class FileLock:
                 os.close(fd)
 
     def touch(self) -> None:
-        """Note the time on the file."""
+        """Note the time on the file, where that is ours to do."""
         assert self._fd is not None
-        os.utime(self._fd)
+        with suppress(PermissionError):
+            os.utime(self._fd)
 
     def release(self) -> None:
         """Let go; the kernel does it where the process ends first."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import streamload
 from streamload.cli import stage
 from tests.cli.programs import TIMEOUT_S, Program, program
 from tests.stage.models import names, same, source_of, total_bytes
@@ -131,6 +132,24 @@ def test_sigterm(clean_aws_env: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert json.loads(err.splitlines()[-1])["message"] == "stopped by SIGTERM"
     assert words.read_text() == "stopped by SIGTERM; what has landed is kept"
+
+
+def test_sigterm_in_the_middle(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    # So slow that it cannot be through when it is told to stop.
+    slowly = ("--max-bytes-per-s", "64KB", "--read-bytes", "64KiB", "--concurrency", 1)
+    with program("stage", source, folder, *slowly) as process:
+        assert process.stderr is not None
+        while "config.json is whole" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert (folder / "config.json").exists()
+    assert not (folder / "READY").exists()
+    staged = streamload.stage_checkpoint(source, folder)
+    assert same(source, folder)
+    assert staged.fetched_bytes <= staged.nbytes - len("{}")
 
 
 def test_a_file_that_may_not_grow(source: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import streamload
 from streamload.errors import SourceError
+from streamload.stage.locks import FileLock
 from tests.cli.programs import TIMEOUT_S
 from tests.stage.models import PIECE, names, same, shard_of, source_of
 
@@ -86,6 +87,33 @@ def test_a_volume_that_vanishes(source: Path, tmp_path: Path) -> None:
         with pytest.raises(SourceError):
             _stage(source, volume, vanish)
         assert os.listdir(volume) == []  # what was below the mount
+
+
+def test_another_users_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pods of several users wait for each other."""
+    monkeypatch.chdir(tmp_path)  # the folders above are not for others
+    os.chmod(tmp_path, 0o755)
+    ours = FileLock("lock")
+    assert ours.take()
+
+    def taken_by_nobody() -> bool:
+        child = os.fork()
+        if child == 0:
+            code = 2
+            try:
+                os.setuid(65534)
+                lock = FileLock("lock")
+                code = int(lock.take(shared=True))
+                if code:
+                    lock.touch()
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+    os.chmod("lock", 0o644)
+    assert not taken_by_nobody()
+    ours.release()
+    assert taken_by_nobody()
 
 
 class _Container:

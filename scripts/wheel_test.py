@@ -34,6 +34,9 @@ _TEST_FILES = ("tests", "examples", "README.md", "pyproject.toml")
 # what is not installed here.
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench", "engines")
 
+# What needs more than Python packages is tested elsewhere.
+_HERE = "not gpu and not root and not cloud"
+
 _TIME_THE_IMPORT = """
 import time
 began = time.perf_counter()
@@ -65,13 +68,13 @@ def main() -> None:
         _install(python, f"{wheel}[test]")
         _check_without_torch(python, tests)
         torchless, others = _split_tests(tests)
-        _run_tests(python, tests, "not gpu and not cloud and not torch", torchless)
+        _run_tests(python, tests, f"{_HERE} and not torch", torchless)
 
         if not arguments.without_torch:
             _headline("The wheel, with torch")
             _install(python, f"{wheel}[test,torch,runai]")
-            _run_tests(python, tests, "not gpu and not cloud and torch", torchless)
-            _run_tests(python, tests, "not gpu and not cloud", others)
+            _run_tests(python, tests, f"{_HERE} and torch", torchless)
+            _run_tests(python, tests, _HERE, others)
 
 
 def _build(dist: Path) -> Path:

@@ -66,6 +66,8 @@ from streamload.plan import (
 from streamload.report import Report
 from streamload.saving import SavedShards, save_sharded
 from streamload.sharding import ShardedCheckpoint, shard
+from streamload.stage import StageArguments, Staged
+from streamload.staging import stage_checkpoint
 from streamload.trace import Trace
 from streamload.verification import BadBlock, FileVerification, Verification, verify
 
@@ -119,6 +121,8 @@ __all__ = [
     "ShardFile",
     "ShardedCheckpoint",
     "SourceError",
+    "StageArguments",
+    "Staged",
     "Stream",
     "StreamloadError",
     "Stripe",
@@ -137,6 +141,7 @@ __all__ = [
     "open",
     "save_sharded",
     "shard",
+    "stage_checkpoint",
     "stream",
     "verify",
     "write_manifest",

@@ -27,6 +27,8 @@ __all__ = [
     "Rank",
     "ResolvedOption",
     "Verify",
+    "from_environment",
+    "parse_globs",
     "proxies",
     "resolve",
 ]
@@ -357,16 +359,10 @@ def resolve(
     _warn_of_misspelt(environment)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for name, parse in _FROM_ENVIRONMENT.items():
-        variable = _PREFIX + name.upper()
-        text = environment.get(variable)
-        if text is not None and name not in given:
-            try:
-                values[name] = parse(text)
-            except ValueError as error:
-                shown = "" if name in _HIDDEN else f"={text!r}"
-                raise OptionError(f"{variable}{shown}: {error}") from error
-            origins[name] = f"environment ({variable})"
+    parsers = {name: parse for name, parse in _FROM_ENVIRONMENT.items() if name not in given}
+    for name, value in from_environment(parsers, environment=environment).items():
+        values[name] = value
+        origins[name] = f"environment ({_PREFIX}{name.upper()})"
     values.update(given)
     origins.update(dict.fromkeys(given, "argument"))
     if values.get("memory_bytes") is None:
@@ -387,6 +383,33 @@ def resolve(
     return options, tuple(
         ResolvedOption(name, _shown(name, getattr(options, name)), origins.get(name, "default")) for name in known
     )
+
+
+def from_environment(
+    parsers: Mapping[str, Callable[[str], Any]], *, prefix: str = "", environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The values of those options that the environment names.
+
+    Args:
+        parsers: What makes a value of a variable's text, by the option's name.
+        prefix: What stands between ``STREAMLOAD_`` and the name.
+        environment: In place of the process's environment.
+
+    Raises:
+        OptionError: A text without meaning.
+    """
+    environment = os.environ if environment is None else environment
+    values: dict[str, Any] = {}
+    for name, parse in parsers.items():
+        variable = f"{_PREFIX}{prefix}{name.upper()}"
+        text = environment.get(variable)
+        if text is not None:
+            try:
+                values[name] = parse(text)
+            except ValueError as error:
+                shown = "" if name in _HIDDEN else f"={text!r}"
+                raise OptionError(f"{variable}{shown}: {error}") from error
+    return values
 
 
 def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -463,7 +486,8 @@ def _parse_number_or_auto(text: str) -> int | Literal["auto"]:
     return "auto" if text.strip() == "auto" else int(text)
 
 
-def _parse_globs(text: str) -> tuple[str, ...]:
+def parse_globs(text: str) -> tuple[str, ...]:
+    """Globs that are separated by commas."""
     return tuple(glob.strip() for glob in text.split(",") if glob.strip())
 
 
@@ -479,8 +503,8 @@ def _parse_headers(text: str) -> dict[str, str]:
 
 _FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
     "device": str.strip,
-    "include": _parse_globs,
-    "exclude": _parse_globs,
+    "include": parse_globs,
+    "exclude": parse_globs,
     "memory_bytes": parse_bytes,
     "strict_memory": _parse_flag,
     "read_bytes": parse_bytes,

@@ -178,16 +178,20 @@ class _LogLine:
         if not progress.total_bytes:
             _logger.info("%s: reading headers, %s so far", self._uri, format_seconds(progress.seconds))
             return
+        tensors = ""
+        if progress.total_tensors:
+            tensors = f", {progress.taken_tensors} of {_tensors(progress)} taken"
         _logger.info(
-            "%s: %s of %s (%d%%), %d of %s taken, %s so far, %.2f GB/s",
+            "%s: %s of %s (%d%%)%s, %s so far, %.2f GB/s",
             self._uri,
             format_bytes(progress.read_bytes),
             format_bytes(progress.total_bytes),
             100 * progress.read_bytes // progress.total_bytes,
-            progress.taken_tensors,
-            _tensors(progress),
+            tensors,
             format_seconds(progress.seconds),
             progress.read_bytes / progress.seconds / 1e9,
+            # For who writes lines that machines read.
+            extra={"fields": {"read_bytes": progress.read_bytes, "total_bytes": progress.total_bytes}},
         )
 
     def close(self) -> None:

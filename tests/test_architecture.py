@@ -30,9 +30,12 @@ _MAY_IMPORT = {
     "pipeline": {*_BOTTOM, "checkpoint", "plan", "report", "sources.base", "sinks.base"},
     # A file's layout and checksums are the checkpoint's; S3 is asked as it is for reading.
     "save": {*_BOTTOM, "checkpoint", "plan", "sources", "shared_memory", "sinks.dtypes"},
+    # Reads as a load does, and writes what it has read.
+    "stage": {*_BOTTOM, "checkpoint", "host", "options", "pipeline", "planning", "report", "sources"},
     "integrations": {""},
-    # Sizes are read and written on the command line as they are in messages.
-    "cli": {"", "units"},
+    # Sizes are read and written on the command line as they are in messages; what it can be told comes from the
+    # environment as well, which one module reads.
+    "cli": {"", "options", "units"},
 }
 # Folders that hold pure functions: the same arguments give the same result, and nothing outside is touched.
 _PURE = ("checkpoint", "plan")

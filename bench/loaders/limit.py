@@ -35,8 +35,6 @@ class Limit(Loader):
         """One limit for both kinds of memory: the drain's."""
         if job.destination == "params":
             return "the limit is the drain's"
-        if job.destination == "stage" and job.remote:
-            return "stages from a folder only"
         return None
 
     def imports(self) -> None:
@@ -53,12 +51,13 @@ class Limit(Loader):
         return _both(lambda: move(job), lambda: copy_page_locked(job))
 
     def stage(self, job: Job) -> Outcome:
-        """Read into the ring and write from there, on the same two threads."""
+        """Read or receive into the ring and write from there, on the same two threads."""
         assert job.target is not None
         folder = Path(job.target)
         targets = {name: os.open(folder / Path(name).name, os.O_WRONLY | os.O_CREAT, 0o644) for name in job.files}
         try:
-            through_ring(job, lambda name, piece, start: _write(targets[name], piece, start))
+            move = _received if job.remote else through_ring
+            move(job, lambda name, piece, start: _write(targets[name], piece, start))
             return Outcome(nbytes=job.size_bytes, last=now())
         finally:
             for file in targets.values():
@@ -74,6 +73,12 @@ class Limit(Loader):
         from bench.loaders.sockets import drain_sockets
 
         return drain_sockets(job)
+
+
+def _received(job: Job, then: Callable[[str, memoryview, int], None]) -> None:
+    from bench.loaders.sockets import drain_sockets
+
+    drain_sockets(job, then)
 
 
 def through_ring(job: Job, then: Callable[[str, memoryview, int], None] | None) -> None:

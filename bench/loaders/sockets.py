@@ -13,7 +13,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import quote, urlsplit
 
 from bench.loaders.base import MIB, Job, Outcome
@@ -29,11 +29,12 @@ _HEAD_BYTES = 4096
 _TIMEOUT_S = 60
 
 
-def drain_sockets(job: Job) -> Outcome:
+def drain_sockets(job: Job, then: Callable[[str, memoryview, int], None] | None = None) -> Outcome:
     """Move all files of the job through the ring.
 
     Args:
         job: Of an object store; credentials and the CA bundle are found in the environment.
+        then: Given the key, the bytes and their place in the object, on the thread that received them.
 
     Raises:
         RuntimeError: No credentials, or an answer that is not the range that was asked for.
@@ -56,6 +57,8 @@ def drain_sockets(job: Job) -> Outcome:
                     at = number * RANGE_BYTES % RING_BYTES
                     connection.sendall(requests.get(key, start, start + nbytes))
                     _receive(connection, ring[at : at + nbytes])
+                    if then is not None:
+                        then(key, ring[at : at + nbytes], start)
         except BaseException as error:
             errors.append(error)
 

@@ -21,25 +21,25 @@ _S3_CLIENT = (
 
 
 class Streamload(Loader):
-    """`streamload.stream` and `streamload.load_into`, with verification as it is by default."""
+    """`streamload.stream`, `load_into` and `stage_checkpoint`, with verification as it is by default."""
 
     name = "streamload"
     packages: ClassVar[tuple[tuple[str, str], ...]] = (("torch", "torch"), ("streamload", "streamload"))
     source: ClassVar[str | None] = None
 
-    def reason_not(self, job: Job) -> str | None:
-        """What this version does not have."""
-        if job.destination == "stage":
-            return "this version does not stage"
-        return self.missing()
-
     def imports(self) -> None:
         """What a load imports by and by, too."""
-        for name in ("torch", "uvloop", "streamload", "streamload.sinks.host", "streamload.sinks.parameters"):
+        for name in ("uvloop", "streamload"):
             import_module(name)
 
     def imports_for(self, job: Job) -> None:
-        """A source or sink is imported when a load first uses it; that is no part of what is measured."""
+        """A source or sink is imported when a load first uses it; that is no part of what is measured.
+
+        Staging needs no torch, and imports none.
+        """
+        if job.destination != "stage":
+            for name in ("torch", "streamload.sinks.host", "streamload.sinks.parameters"):
+                import_module(name)
         if job.remote:
             # streamload imports its S3 client on the load's own thread, when a bucket is first opened.
             for name in ("streamload.sources.s3", "streamload.sources.s3_client", *_S3_CLIENT):
@@ -70,6 +70,16 @@ class Streamload(Loader):
         if job.device != "cpu":
             import_module("torch").cuda.synchronize()
         return _outcome(job, report.nbytes, now(), report)
+
+    def stage(self, job: Job) -> Outcome:
+        """`streamload.stage_checkpoint`: every file is fsynced, and the marker written last."""
+        import streamload
+
+        assert job.target is not None
+        staged = streamload.stage_checkpoint(job.uri, job.target, memory_bytes=job.memory_bytes)
+        if not job.remote:
+            return Outcome(staged.nbytes, now(), notes={"phases": staged.phases})
+        return Outcome(staged.nbytes, now(), sum(staged.verified.values()), staged.nbytes, {"phases": staged.phases})
 
     def command(self, job: Job) -> list[str]:
         """``streamload load``, by the interpreter that runs this."""

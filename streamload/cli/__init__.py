@@ -1,4 +1,4 @@
-"""The command line: ``streamload inspect``, ``load``, ``shard``, ``manifest``, ``verify``, ``doctor``."""
+"""The command line: ``streamload inspect``, ``load``, ``shard``, ``stage``, ``manifest``, ``verify``, ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import streamload
-from streamload.cli import arguments, console, doctor, inspect, load, manifest, shard, verify
+from streamload.cli import arguments, console, doctor, inspect, load, manifest, shard, stage, verify
 from streamload.cli.signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -27,6 +27,7 @@ _COMMANDS: dict[str, _Command] = {
     "inspect": inspect,
     "load": load,
     "shard": shard,
+    "stage": stage,
     "manifest": manifest,
     "verify": verify,
     "doctor": doctor,
@@ -37,6 +38,7 @@ examples:
   streamload inspect s3://models/llama
   streamload load s3://models/llama --device cuda:0
   streamload shard s3://models/llama /scratch/llama-tp8 --tp 8
+  streamload stage s3://models/llama /mnt/models
   streamload doctor s3://models/llama"""
 
 
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 failed, 2 wrong use, 130 stopped by SIGINT, 143 stopped by SIGTERM.
     """
     signals = Signals()
+    console.speak_json(False)
     try:
         with signals:
             code = _run(argv, signals)

@@ -18,6 +18,7 @@ __all__ = [
     "add_memory",
     "add_reading",
     "add_sharding",
+    "add_staging",
     "add_uri",
     "add_whole",
     "options_of",
@@ -193,6 +194,42 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
         "--order", choices=("completion", "file"), help="hand tensors out as they are complete, or as they lie in files"
     )
     _add_verify(group)
+
+
+def add_staging(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which files are staged, and what may be in their way."""
+    group = _group(parser, "what is staged")
+    group.add_argument(
+        "--include", nargs="+", action="extend", metavar="GLOB", help="only files whose names match one of these"
+    )
+    group.add_argument(
+        "--exclude", nargs="+", action="extend", metavar="GLOB", help="no files whose names match one of these"
+    )
+    group.add_argument(
+        "--verify",
+        choices=("auto", "off", "require"),
+        help="compare with a manifest and the source's checksums, do not, or fail where something has neither",
+    )
+    group.add_argument(
+        "--on-conflict",
+        choices=("refuse", "replace"),
+        help="what to do with a file in the way that was not staged there, or was changed since (default refuse)",
+    )
+    group.add_argument(
+        "--offline",
+        choices=("no", "fallback", "only"),
+        help="whether a complete copy counts where the source cannot be reached; only: it is not asked (default no)",
+    )
+    group = _group(parser, "versions side by side")
+    group.add_argument(
+        "--cache", metavar="DIR", help="stage into this folder, and make DIR a link to the version in it"
+    )
+    group.add_argument(
+        "--keep-bytes", type=_nbytes, metavar="N", help="remove versions that were not used for long, beyond so much"
+    )
+    group.add_argument(
+        "--keep-s", type=float, metavar="S", help="none that was used less than so many seconds ago (default 3600)"
+    )
 
 
 def options_of(arguments: argparse.Namespace) -> streamload.Options:

@@ -6,13 +6,17 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import streamload
 
-__all__ = ["complain", "emit", "emit_failure", "emit_json", "flush", "log_lines", "printable"]
+__all__ = ["complain", "emit", "emit_failure", "emit_json", "flush", "log_lines", "printable", "speak_json"]
+
+# Whether lines on stderr are JSON objects, for who collects them.
+_json = False
 
 
 def emit(text: str) -> None:
@@ -59,10 +63,17 @@ def flush() -> None:
         _silence(sys.stdout)
 
 
+def speak_json(yes: bool) -> None:
+    """Write lines to stderr as JSON objects from now on, or as text."""
+    global _json
+    _json = yes
+
+
 def complain(text: str) -> None:
     """Write one line to stderr."""
+    line = _json_line("error", text) if _json else f"streamload: {printable(text)}"
     try:
-        print(f"streamload: {printable(text)}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
         _silence(sys.stderr)
 
@@ -104,11 +115,21 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            if _json:
+                fields = getattr(record, "fields", {})
+                print(_json_line(record.levelname.lower(), record.getMessage(), **fields), file=sys.stderr, flush=True)
+                return
             # Line by line: a traceback has several.
             text = "\n".join(map(printable, self.format(record).split("\n")))
             print(text, file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
+
+
+def _json_line(level: str, text: str, **fields: object) -> str:
+    now = time.time()
+    moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+    return json.dumps({"time": moment, "level": level, "message": text, **fields})
 
 
 def _silence(stream: TextIO) -> None:

@@ -52,6 +52,7 @@ class Source(ABC):
         companions: Whether what lies beside an object, such as a manifest, is of the version that is read.
         requests: How many requests (or system calls that read) have been sent so far.
         checksum_trips: How many requests one after another `checksum` took at most, so far.
+        asked_at_s: When the first request was sent, by `time.monotonic`; None before, and where nobody notes it.
         paths: Bytes read so far by the way they came, where there is more than one.
     """
 
@@ -70,6 +71,7 @@ class Source(ABC):
         self.companions = True
         self.requests = 0
         self.checksum_trips = 1
+        self.asked_at_s: float | None = None
         self.paths: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -271,6 +272,8 @@ class S3Source(Source):
         return self._client
 
     def _count(self) -> None:
+        if self.asked_at_s is None:
+            self.asked_at_s = time.monotonic()
         self.requests += 1
 
     async def _list_folder(self, client: S3Client) -> tuple[Sequence[SourceObject], Sequence[str]]:

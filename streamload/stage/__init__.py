@@ -1,0 +1,9 @@
+"""How does a checkpoint get onto a volume, whole, verified, and once for a node? Needs no torch."""
+
+from __future__ import annotations
+
+from streamload.stage.options import StageArguments, StageOptions
+from streamload.stage.staged import Staged
+from streamload.stage.stager import Stager
+
+__all__ = ["StageArguments", "StageOptions", "Staged", "Stager"]

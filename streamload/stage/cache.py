@@ -1,0 +1,179 @@
+"""Versions side by side under one folder: where each lies, and which have to go.
+
+::
+
+    CACHE/NAME/DIGEST/    one version: its files, its READY, its locks
+    CACHE/.streamload-cache.lock
+
+A version is in use while a process holds one of its locks, and for a while after it was staged or found there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from streamload.errors import SourceError
+from streamload.stage.locks import FileLock
+from streamload.stage.names import LOCK_NAME, USE_NAME, version_name
+from streamload.stage.ready import remove_ready
+from streamload.units import format_bytes, format_seconds
+
+__all__ = ["CACHE_LOCK_NAME", "CachedVersion", "cached_versions", "evict", "link_to", "version_folder"]
+
+CACHE_LOCK_NAME = ".streamload-cache.lock"
+"""Held by who removes versions."""
+
+_GOING_SUFFIX = ".streamload-removed"
+
+_logger = logging.getLogger("streamload.stage")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedVersion:
+    """A version in a cache.
+
+    Attributes:
+        path: Its folder.
+        nbytes: The room that it takes.
+        used_s: When it was used last, in seconds since 1970.
+    """
+
+    path: str
+    nbytes: int
+    used_s: float
+
+
+def version_folder(cache: str, uri: str, digest: str) -> str:
+    """Where a version lies."""
+    return os.path.join(cache, version_name(uri), digest)
+
+
+def cached_versions(cache: str) -> list[CachedVersion]:
+    """All versions, the least recently used first; only what has a lock of ours is one.
+
+    Raises:
+        OSError: The cache cannot be listed.
+    """
+    found: list[CachedVersion] = []
+    for name in sorted(os.listdir(cache)):
+        parent = os.path.join(cache, name)
+        if os.path.islink(parent) or not os.path.isdir(parent):
+            continue
+        for digest in sorted(os.listdir(parent)):
+            path = os.path.join(parent, digest)
+            try:
+                used_s = os.lstat(os.path.join(path, USE_NAME)).st_mtime
+            except OSError:
+                continue
+            found.append(CachedVersion(path, sum(_sizes(path)), used_s))
+    return sorted(found, key=lambda version: version.used_s)
+
+
+def evict(
+    cache: str, *, keep_bytes: int, keep_s: float, needed_bytes: int, now_s: float, spare: Callable[[str], bool]
+) -> list[CachedVersion]:
+    """Remove versions, the least recently used first, until what is left and what is needed stay within a limit.
+
+    A version goes all at once, by renaming its folder while its lock is held; who waits for that lock finds it gone.
+    What is in use stays, even beyond the limit. Called with the cache's lock held.
+
+    Args:
+        cache: The cache.
+        keep_bytes: The limit.
+        keep_s: What was used less than so many seconds ago is in use.
+        needed_bytes: What will be staged.
+        now_s: The time, in seconds since 1970.
+        spare: Which folders stay in any case.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        OSError: Something cannot be removed.
+    """
+    _clear_up(cache)
+    versions = cached_versions(cache)
+    total = sum(version.nbytes for version in versions)
+    removed: list[CachedVersion] = []
+    for version in versions:
+        if total + needed_bytes <= keep_bytes:
+            break
+        if spare(version.path) or now_s - version.used_s < keep_s:
+            continue
+        going = version.path + _GOING_SUFFIX
+        locks = [FileLock(os.path.join(version.path, name)) for name in (USE_NAME, LOCK_NAME)]
+        try:
+            if not all(lock.take() for lock in locks):
+                continue
+            remove_ready(version.path)
+            os.rename(version.path, going)
+        finally:
+            for lock in locks:
+                lock.release()
+        _remove(going)
+        total -= version.nbytes
+        removed.append(version)
+        _logger.info(
+            "%s: removed, %s, last used %s ago",
+            version.path,
+            format_bytes(version.nbytes),
+            format_seconds(now_s - version.used_s),
+        )
+    if total + needed_bytes > keep_bytes:
+        _logger.warning("%s: %s stay, more than keep_bytes: they are in use", cache, format_bytes(total + needed_bytes))
+    return removed
+
+
+def link_to(link: str, target: str) -> None:
+    """Make a link to a version's folder, in place of another link that is there.
+
+    Args:
+        link: The link's own path.
+        target: The folder.
+
+    Raises:
+        SourceError: Something that is no link is in its place.
+        OSError: It cannot be made.
+    """
+    if os.path.lexists(link) and not os.path.islink(link):
+        raise SourceError(
+            f"{link} is no link: with a cache, the folder to stage into becomes a link to a version in the cache; name "
+            "a path where nothing is yet"
+        )
+    parent = os.path.dirname(link) or "."
+    os.makedirs(parent, exist_ok=True)
+    # A name of its own: several may do this at once, and process ids repeat between containers.
+    unfinished = os.path.join(parent, f".{os.path.basename(link)}.{secrets.token_hex(8)}.streamload-staging")
+    os.symlink(target, unfinished)
+    os.rename(unfinished, link)
+
+
+def _clear_up(cache: str) -> None:
+    """Remove what a killed process has left of versions that it was removing."""
+    for name in os.listdir(cache):
+        parent = os.path.join(cache, name)
+        if os.path.islink(parent) or not os.path.isdir(parent):
+            continue
+        for digest in os.listdir(parent):
+            if digest.endswith(_GOING_SUFFIX):
+                _remove(os.path.join(parent, digest))
+
+
+def _remove(folder: str) -> None:
+    # Imported here: with its compressors it takes longer than all else that a second run does.
+    from shutil import rmtree
+
+    rmtree(folder)
+
+
+def _sizes(folder: str) -> Iterator[int]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                yield os.lstat(os.path.join(parent, name)).st_blocks * 512
+            except FileNotFoundError:
+                continue

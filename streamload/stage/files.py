@@ -1,0 +1,121 @@
+"""One file on its way: of its full length from the start, filled in any order, and under its name when it is whole."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+
+from streamload.errors import SourceError
+from streamload.stage.names import unfinished_name
+from streamload.stage.volume import reserve, start_writeback, sync_folder
+
+__all__ = ["StagedFile"]
+
+# What is cancelled waits for the call that is under way, so one call must be short.
+_MAX_CALL_BYTES = 8 << 20
+
+
+class StagedFile:
+    """A file that is being staged. Its methods block; different ranges may be read and written at once.
+
+    Args:
+        folder: What its key is relative to.
+        key: Its name.
+        size_bytes: Its length.
+        memory: Whether the volume is memory: then there is nothing to write back.
+    """
+
+    def __init__(self, folder: str, key: str, size_bytes: int, *, memory: bool) -> None:
+        self.key = key
+        self.size_bytes = size_bytes
+        self.path = os.path.join(folder, key)
+        self.unfinished = os.path.join(folder, unfinished_name(key))
+        self._memory = memory
+        self._fd: int | None = None
+
+    def open(self, *, keep: bool) -> None:
+        """Have it, of its full length.
+
+        Args:
+            keep: Go on with one of that length that is there, rather than beginning anew.
+
+        Raises:
+            OSError: It cannot be made, or there is no room.
+        """
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        if keep:
+            with suppress(FileNotFoundError):
+                fd = os.open(self.unfinished, flags)
+                if os.fstat(fd).st_size == self.size_bytes:
+                    self._fd = fd
+                    return
+                os.close(fd)
+        # Not emptied but removed: somebody may have it open, and read what has landed.
+        with suppress(FileNotFoundError):
+            os.unlink(self.unfinished)
+        self._fd = os.open(self.unfinished, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        reserve(self._fd, self.size_bytes, memory=self._memory)
+
+    def write(self, data: memoryview, start: int) -> None:
+        """Put bytes in their place, and have them on their way to the disk.
+
+        Raises:
+            OSError: They cannot be written.
+        """
+        assert self._fd is not None
+        position = start
+        for at in range(0, data.nbytes, _MAX_CALL_BYTES):
+            piece = data[at : at + _MAX_CALL_BYTES]
+            while piece.nbytes:
+                written = os.pwritev(self._fd, (piece,), position)
+                position += written
+                piece = piece[written:]
+        if not self._memory:
+            start_writeback(self._fd, start, data.nbytes)
+
+    def read(self, into: memoryview, start: int) -> bool:
+        """Fill memory with what is there; whether there was so much.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        assert self._fd is not None
+        filled = 0
+        while filled < into.nbytes:
+            got = os.preadv(self._fd, (into[filled:],), start + filled)
+            if not got:
+                return False
+            filled += got
+        return True
+
+    def sync(self) -> int:
+        """Make what was written durable; the file's time of change, in nanoseconds.
+
+        Raises:
+            OSError: It cannot be done.
+        """
+        assert self._fd is not None
+        if not self._memory:
+            os.fsync(self._fd)
+        status = os.fstat(self._fd)
+        # Who truncates it under our hands must not get it a name.
+        if status.st_size != self.size_bytes:
+            raise SourceError(f"the unfinished file has {status.st_size} bytes, not {self.size_bytes}")
+        return status.st_mtime_ns
+
+    def publish(self) -> None:
+        """Give it its name, in place of what is there.
+
+        Raises:
+            OSError: It cannot be done.
+        """
+        os.rename(self.unfinished, self.path)
+        if not self._memory and os.path.dirname(self.key):
+            sync_folder(os.path.dirname(self.path))
+
+    def close(self) -> None:
+        """Close it; what there is of it stays."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)

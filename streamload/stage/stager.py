@@ -1,0 +1,554 @@
+"""Brings the files of one version onto a volume: the part that the init hook and whoever serves files share.
+
+::
+
+    list ─► what of it is there already? ─► lock ─► what did a killed process leave? ─► room? ─► pieces
+                                                                                                   │
+    read, summed up on the way (pipeline/fetch.py) ◄── workers, each with memory for one piece ◄───┘
+      │
+      ▼  compared where a stretch is complete (checks.py)
+    written in place, noted in the journal ─► the last piece of a file: fsync, rename ─► READY
+
+All of it runs on one event loop, in one TaskGroup; what blocks is called on daemon threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import mmap
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from streamload.errors import CredentialsError, NotFoundError, SourceError, StreamloadError, TransientError
+from streamload.options import LoadOptions
+from streamload.pipeline.budget import Budget
+from streamload.pipeline.concurrency import ConcurrencyTuner
+from streamload.pipeline.discover import ask_checksums
+from streamload.pipeline.fetch import Fetcher
+from streamload.pipeline.hedge import Hedger
+from streamload.pipeline.manifests import find_manifests
+from streamload.pipeline.pace import Pace
+from streamload.planning import effective_reads
+from streamload.report import Recorder
+from streamload.sources import Source, SourceObject, open_source
+from streamload.stage import cache
+from streamload.stage.calls import BlockingCalls
+from streamload.stage.checks import Check, check_for
+from streamload.stage.conflicts import look
+from streamload.stage.files import StagedFile
+from streamload.stage.journal import Journal, Noted, read_journal
+from streamload.stage.listing import FileState, Lister, Listing
+from streamload.stage.locks import FileLock
+from streamload.stage.names import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    USE_NAME,
+    is_unfinished,
+    unfinished_name,
+    version_name,
+)
+from streamload.stage.options import StageOptions
+from streamload.stage.pieces import pieces_of
+from streamload.stage.ready import Ready, ReadyFile, is_as_staged, read_ready, remove_ready, write_ready
+from streamload.stage.staged import Staged, StagedState
+from streamload.stage.volume import check_space, in_memory
+from streamload.stage.workers import Workers
+from streamload.uris import scrub_uri
+
+__all__ = ["Stager"]
+
+_logger = logging.getLogger("streamload.stage")
+
+# How often one who waits for another process looks whether that is done, or gone.
+_LOOK_AGAIN_S = 0.1
+# When a log line says so.
+_SAY_AFTER_S = 1.0
+
+_PAGE_BYTES = mmap.PAGESIZE
+
+# With 64 MiB, reads of 4 MiB: a sixth less processor time for each byte than with 1 MiB, and a dozen of them fill a
+# link of 10 Gbit/s at 100 MiB/s each.
+_READS_IN_MEMORY = 16
+_LEAST_READ_BYTES = 1 << 20
+
+_SWITCHED_OFF = "verify is off"
+
+
+class Stager:
+    """Stages what a URI names into a folder; an async context manager, used on one event loop.
+
+    `run` does all of it. Meanwhile others on the same loop may ask what has landed, wait for a range, and have it
+    brought first. Interrupted anywhere, by SIGKILL too, another run goes on from what has landed.
+
+    Args:
+        uri: As for `streamload.open`; a folder, or one file.
+        folder: Where to: a folder of this machine. With a cache, a link to a version in it; None: no link.
+        options: What to stage.
+        reading: How to read; ``memory_bytes`` is filled in.
+
+    Attributes:
+        uri: The URI without credentials.
+        folder: Where the files are, or will be; in a cache, known when they are listed.
+        recorder: Counts.
+
+    Raises:
+        OptionError: Nothing serves the URI, or there is nowhere to stage to.
+    """
+
+    def __init__(self, uri: str, folder: str | None, options: StageOptions, reading: LoadOptions) -> None:
+        assert reading.memory_bytes is not None
+        # What a relative path means depends on where a process runs.
+        self.uri = os.path.abspath(uri) if "://" not in uri else scrub_uri(uri)
+        self.folder = folder or ""
+        self._link = folder if options.cache is not None else None
+        self._options = options
+        self._reading = reading
+        self._memory_bytes = reading.memory_bytes
+        number = None if reading.concurrency == "auto" else reading.concurrency
+        self.source: Source = open_source(uri, concurrency=number)
+        self.recorder = Recorder(self.uri, "none", self._memory_bytes, on_event=reading.on_event)
+        self.recorder.source = self.source.scheme
+        self.recorder.count_requests(lambda: self.source.requests)
+        if reading.read_bytes is None and self.source.most_concurrency is not None:
+            # Longer than a load's of so little memory: nothing waits for what arrives but the volume, so that fewer
+            # reads at once do, and each costs processor time.
+            read_bytes = max(_LEAST_READ_BYTES, self._memory_bytes // _READS_IN_MEMORY)
+            reading = replace(reading, read_bytes=min(self.source.read_bytes, read_bytes))
+        self._read_bytes, begin, most = effective_reads(self.source, reading)
+        # Every other write is of whole pages.
+        self._read_bytes = max(_PAGE_BYTES, self._read_bytes - self._read_bytes % _PAGE_BYTES)
+        # A quarter of the memory is for late reads that are asked for again.
+        room = max(1, 3 * self._memory_bytes // (4 * self._read_bytes))
+        self._tuner = ConcurrencyTuner(min(begin, room), most=min(most, room))
+        pace = None if reading.max_bytes_per_s is None else Pace(reading.max_bytes_per_s)
+        self._budget = Budget(self._memory_bytes)
+        hedger = Hedger(self.source, self._budget, self.recorder, pace=pace) if self.source.hedged else None
+        self._fetcher = Fetcher(self.source, self.recorder, pace=pace, hedger=hedger, refused=self._tuner.refused)
+        self._lister = Lister(self.uri, self._fetcher, options)
+        self._calls = BlockingCalls(self.folder)
+        self._files: dict[str, FileState] = {}
+        self._listed = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._journal: Journal | None = None
+        self._lock: FileLock | None = None
+        self._use: FileLock | None = None
+        self._workers: Workers | None = None
+        self._wanted: list[tuple[str, int, int]] = []  # before there were pieces
+        self._phases: dict[str, float] = {}
+        self._phase_began = self.recorder.now()
+        self._memory = False
+        self._asked_at_s: float | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.source.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """End everything: the source, the threads, the locks. May be called twice."""
+        try:
+            await self.source.aclose()
+        finally:
+            if await self._calls.aclose():
+                for lock in (self._lock, self._use):
+                    if lock is not None:
+                        lock.release()
+            # Else something may still write: the locks stay until the process ends.
+
+    # What has landed, for who reads meanwhile.
+
+    async def objects(self) -> dict[str, SourceObject]:
+        """What is staged, by its key; waits until it is listed.
+
+        Raises:
+            StreamloadError: It cannot be listed.
+        """
+        await self._listed.wait()
+        if self._failure is not None and not self._files:
+            raise self._failure
+        return {key: file.object for key, file in self._files.items()}
+
+    def landed(self, key: str, start: int, end: int) -> bool:
+        """Whether a range of a file is in its place; verified as far as its stretches are complete."""
+        file = self._files[key]
+        return file.ready is not None or file.landed.cover(start, end)
+
+    def where(self, key: str) -> str:
+        """Where a file's landed bytes can be read now."""
+        file = self._files[key]
+        whole = file.ready is not None or file.staged is None
+        return os.path.join(self.folder, key if whole else unfinished_name(key))
+
+    def want(self, key: str, start: int, end: int) -> None:
+        """Have a range brought before everything that nobody has asked for."""
+        if self._workers is None:
+            self._wanted.append((key, start, end))
+        else:
+            self._workers.want(self._files[key], start, end)
+
+    async def wait(self, key: str, start: int, end: int) -> None:
+        """Wait until a range has landed.
+
+        Raises:
+            StreamloadError: It never will: staging has failed.
+        """
+        file = self._files[key]
+        if not self.landed(key, start, end):
+            await self._wait(lambda future: file.waiters.append((start, end, future)))
+
+    async def whole(self, key: str) -> None:
+        """Wait until a file is whole, verified as far as its source allows, and under its name.
+
+        Raises:
+            StreamloadError: It never will be: staging has failed, or what came is not what it should be.
+        """
+        file = self._files[key]
+        if file.ready is None:
+            await self._wait(file.wholly.append)
+
+    async def _wait(self, enlist: Callable[[asyncio.Future[None]], None]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        enlist(future)
+        await future
+
+    # Staging.
+
+    async def run(self) -> Staged:
+        """Stage everything; once.
+
+        Raises:
+            StreamloadError: It could not be done; what has landed is kept for the next run.
+        """
+        try:
+            return await self._run()
+        except BaseException as error:
+            # Of a TaskGroup's children, the one that failed first.
+            first: BaseException = error
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            self._fail(first)
+            if isinstance(first, StreamloadError):
+                raise first.locate(uri=self.uri) from first.__cause__
+            raise
+        finally:
+            if self._journal is not None and not self._calls.hanging:
+                self._journal.close()
+                self._journal = None
+            for file in self._files.values():
+                if file.staged is not None and not self._calls.hanging:
+                    file.staged.close()
+
+    async def _run(self) -> Staged:
+        listing = await self._list()
+        if listing is None:
+            return await self._present_offline()
+        if self._options.cache is not None:
+            self._move_to(cache.version_folder(self._options.cache, self.uri, listing.digest))
+            self._use = await self._hold(USE_NAME, shared=True)
+            self._use.touch()
+        ready = await self._calls.run(lambda: read_ready(self.folder))
+        if not await self._is_present(ready, listing):
+            lock_began = self.recorder.now()
+            self._lock = await self._hold(LOCK_NAME)
+            if self.recorder.now() - lock_began > _SAY_AFTER_S:
+                # What the other one has staged may be newer than what was listed before.
+                again = await self._list()
+                if again is not None and self._options.cache is None:
+                    listing = again
+            self._phase("wait")
+            ready = await self._calls.run(lambda: read_ready(self.folder))
+            if not await self._is_present(ready, listing):
+                await self._stage(listing, ready)
+                await self._link_to_version()
+                return self._staged("staged")
+        self._adopt(listing, {file.key: file for file in ready.files} if ready is not None else {})
+        self._phase("check")
+        await self._link_to_version()
+        return self._staged("present")
+
+    async def _list(self) -> Listing | None:
+        """List what there is to stage; None where the source is not to be asked, or may be out of reach and is."""
+        if self._options.offline == "only":
+            return None
+        try:
+            said = await self._calls.run(lambda: read_ready(self.folder)) if self.folder else None
+            if self._asked_at_s is None:
+                self._asked_at_s = time.monotonic()
+            return await self._lister.ask(said)
+        except (TransientError, CredentialsError) as error:
+            if self._options.offline == "no":
+                raise
+            _logger.warning("%s cannot be reached, a complete copy counts: %s", self.uri, error)
+            return None
+        finally:
+            self._phase("list")
+
+    async def _is_present(self, ready: Ready | None, listing: Listing) -> bool:
+        """Whether a marker vouches for all of this version, and the files are as it says."""
+        if ready is None or ready.digest != listing.digest:
+            return False
+        return await self._calls.run(lambda: all(is_as_staged(self.folder, file) for file in ready.files))
+
+    async def _present_offline(self) -> Staged:
+        """What a marker vouches for, without having asked the source.
+
+        Raises:
+            NotFoundError: There is no complete copy.
+        """
+        folders = [self.folder]
+        if self._options.cache is not None:
+            parent = os.path.join(self._options.cache, version_name(self.uri))
+            versions = await self._calls.run(lambda: cache.cached_versions(self._options.cache or ""))
+            folders = [version.path for version in reversed(versions) if os.path.dirname(version.path) == parent]
+        for folder in folders:
+            self._move_to(folder)
+            if self._options.cache is not None:
+                self._use = await self._hold(USE_NAME, shared=True)
+                self._use.touch()
+            ready = await self._calls.run(lambda: read_ready(self.folder))
+            if ready is not None and await self._calls.run(lambda: self._vouches(ready)):  # noqa: B023
+                files = {
+                    file.key: FileState(SourceObject(file.key, file.size_bytes, ""), file.identity)
+                    for file in ready.files
+                }
+                listing = Listing(files, {}, ready.digest, ready.index, ready.shards)
+                self._adopt(listing, {file.key: file for file in ready.files})
+                self._phase("check")
+                await self._link_to_version()
+                return self._staged("present")
+            if self._use is not None:
+                self._use.release()
+        raise NotFoundError("there is no complete copy of it, and the source was not asked", uri=self.uri)
+
+    def _vouches(self, ready: Ready) -> bool:
+        options = self._options
+        same = (ready.uri, ready.include, ready.exclude) == (self.uri, options.include, options.exclude)
+        return same and all(is_as_staged(self.folder, file) for file in ready.files)
+
+    def _adopt(self, listing: Listing, there: dict[str, ReadyFile]) -> None:
+        """It is known what there is, and which files are whole."""
+        self._files = listing.files
+        for key, file in listing.files.items():
+            ready = there.get(key)
+            if ready is not None and ready.identity == file.identity:
+                file.ready = ready
+                self.recorder.arrived_bytes += file.object.size_bytes
+        recorder = self.recorder
+        recorder.planned(len(self._files), 0, sum(file.object.size_bytes for file in self._files.values()))
+        self._listed.set()
+
+    async def _hold(self, name: str, *, shared: bool = False) -> FileLock:
+        """Take a lock in the folder; wait for who has it, and find it free where that one has died."""
+        lock = FileLock(os.path.join(self.folder, name))
+
+        def take() -> bool:
+            os.makedirs(self.folder, exist_ok=True)
+            # Between the two calls the folder may have been removed from its cache.
+            with suppress(FileNotFoundError):
+                return lock.take(shared=shared)
+            return False
+
+        await self._take(take, self.folder)
+        return lock
+
+    async def _take(self, take: Callable[[], bool], where: str) -> None:
+        """Try until it works. A lock cannot be waited for on an event loop, and this can be cancelled."""
+        began, said = self.recorder.now(), False
+        while not await self._calls.run(take):
+            if not said and self.recorder.now() - began > _SAY_AFTER_S:
+                said = True
+                _logger.info("%s: another process is at work there; waiting for it", where)
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _stage(self, listing: Listing, ready: Ready | None) -> None:
+        noted = await self._calls.run(lambda: read_journal(self.folder))
+        known = dict(noted.whole)
+        known |= {file.key: file for file in ready.files} if ready is not None else {}
+        replaced = self._options.on_conflict == "replace"
+        there = await self._calls.run(lambda: look(self.folder, listing, known, replace=replaced))
+        self._adopt(listing, there)
+        files = [file for file in listing.files.values() if file.ready is None]
+        await self._find_checks(files, listing.listed)
+        self._memory = await self._calls.run(lambda: in_memory(self.folder))
+        await self._make_room(files)
+        await self._calls.run(lambda: self._begin(files, noted))
+        kept = self.recorder.arrived_bytes
+        _logger.info(
+            "%s: staging %d files into %s, %d of %d bytes are there",
+            self.uri,
+            len(self._files),
+            self.folder,
+            kept,
+            self.recorder.total_bytes,
+            extra={"fields": {"files": len(self._files), "kept_bytes": kept, "total_bytes": self.recorder.total_bytes}},
+        )
+        self._phase("check")
+        assert self._journal is not None
+        self._workers = Workers(
+            self._fetcher,
+            self.recorder,
+            budget=self._budget,
+            tuner=self._tuner,
+            calls=self._calls,
+            journal=self._journal,
+            read_bytes=self._read_bytes,
+        )
+        for key, start, end in self._wanted:
+            self._workers.want(self._files[key], start, end)
+        await self._workers.bring(files)
+        self._phase("read")
+        await self._calls.run(lambda: self._conclude(listing, known))
+        self._phase("finish")
+
+    async def _find_checks(self, files: list[FileState], listed: dict[str, SourceObject]) -> None:
+        """Find out what the files have to sum up to."""
+        if self._reading.verify == "off":
+            for file in files:
+                file.check = Check(file.object, reason=_SWITCHED_OFF)
+            return
+        required = self._reading.verify == "require"
+        wanted = [file.object for file in files]
+        async with asyncio.TaskGroup() as group:
+            asking = group.create_task(ask_checksums(self._fetcher, wanted, self._tuner.most))
+            weights = [object.key for object in wanted if object.key.endswith(".safetensors")]
+            finding = group.create_task(find_manifests(self._fetcher, self.recorder, listed, weights))
+        kept, said = asking.result(), finding.result()
+        for file in files:
+            key = file.object.key
+            file.check = check_for(file.object, said.get(key), kept[key], required=required)
+
+    async def _make_room(self, files: list[FileState]) -> None:
+        """See that there is room before the first byte.
+
+        Raises:
+            SourceError: There is none.
+        """
+        options = self._options
+        needed = await self._calls.run(lambda: sum(self._needed(file) for file in files))
+        if options.cache is not None and options.keep_bytes is not None:
+            keep_bytes = options.keep_bytes
+            lock = FileLock(os.path.join(options.cache, cache.CACHE_LOCK_NAME))
+            await self._take(lock.take, options.cache)
+            try:
+                await self._calls.run(
+                    lambda: cache.evict(
+                        options.cache or "",
+                        keep_bytes=keep_bytes,
+                        keep_s=options.keep_s,
+                        needed_bytes=needed,
+                        now_s=time.time(),
+                        spare=lambda path: path == self.folder,
+                    )
+                )
+            finally:
+                lock.release()
+        await self._calls.run(lambda: check_space(self.folder, needed, memory_bytes=self._memory_bytes))
+
+    def _needed(self, file: FileState) -> int:
+        """How much room a file takes beyond what it has."""
+        with suppress(OSError):
+            status = os.lstat(os.path.join(self.folder, unfinished_name(file.object.key)))
+            return max(0, file.object.size_bytes - status.st_blocks * 512)
+        return file.object.size_bytes
+
+    def _begin(self, files: list[FileState], noted: Noted) -> None:
+        """On a thread: open the unfinished files and the journal; nothing is whole from here on."""
+        remove_ready(self.folder)
+        self._journal = Journal(self.folder)
+        mine = {unfinished_name(file.object.key) for file in files}
+        for name in os.listdir(self.folder):
+            if is_unfinished(name) and name not in mine:
+                os.unlink(os.path.join(self.folder, name))
+        for file in files:
+            pieces = noted.landed.get(file.identity, [])
+            assert file.check is not None
+            same = [piece for piece in pieces if piece.algorithm == file.check.algorithm]
+            size = file.object.size_bytes
+            staged = StagedFile(self.folder, file.object.key, size, memory=self._memory)
+            staged.open(keep=bool(same))
+            file.staged = staged
+            cut = pieces_of(size, same, piece_bytes=self._read_bytes)
+            file.pending = {piece.start: piece for piece in cut}
+            file.missing = len(file.pending)
+
+    def _conclude(self, listing: Listing, known: dict[str, ReadyFile]) -> None:
+        """On a thread: remove what an older version had beyond this one, and write the marker."""
+        for key, said in known.items():
+            if key not in self._files and is_as_staged(self.folder, said):
+                os.unlink(os.path.join(self.folder, key))
+        files = [file.ready for file in self._files.values()]
+        write_ready(
+            self.folder,
+            Ready(
+                uri=self.uri,
+                digest=listing.digest,
+                include=self._options.include,
+                exclude=self._options.exclude,
+                files=tuple(file for file in files if file is not None),
+                index=listing.index,
+                shards=listing.shards,
+            ),
+        )
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.folder, JOURNAL_NAME))
+
+    async def _link_to_version(self) -> None:
+        """With a cache: the version is in use from now on, and the folder is a link to it."""
+        if self._use is not None:
+            self._use.touch()
+        if self._link is not None:
+            link = self._link
+            await self._calls.run(lambda: cache.link_to(link, os.path.abspath(self.folder)))
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing more will land: whoever waits is told why."""
+        self._failure = error if isinstance(error, StreamloadError) else SourceError("staging was ended", uri=self.uri)
+        self._listed.set()
+        for file in self._files.values():
+            for future in [*file.wholly, *(waiter[2] for waiter in file.waiters)]:
+                if not future.done():
+                    future.set_exception(self._failure)
+
+    def _move_to(self, folder: str) -> None:
+        """It is known where in the cache the version lies."""
+        self.folder = self._calls.folder = folder
+
+    def _phase(self, name: str) -> None:
+        now = self.recorder.now()
+        self._phases[name] = self._phases.get(name, 0.0) + now - self._phase_began
+        self._phase_began = now
+
+    def _staged(self, state: StagedState) -> Staged:
+        report = self.recorder.report()
+        nbytes = sum(file.object.size_bytes for file in self._files.values())
+        landed_bytes = 0 if self._workers is None else self._workers.landed_bytes
+        return Staged(
+            uri=self.uri,
+            folder=self.folder,
+            state=state,
+            files=len(self._files),
+            nbytes=nbytes,
+            fetched_bytes=landed_bytes,
+            kept_bytes=nbytes - landed_bytes,
+            requests=report.requests,
+            retries=report.retries,
+            hedged_bytes=report.hedged_bytes,
+            concurrency=report.concurrency,
+            seconds=report.seconds,
+            phases=dict(self._phases),
+            verified=report.verified,
+            unverified=report.unverified,
+            asked_at_s=self._asked_at_s if self.source.asked_at_s is None else self.source.asked_at_s,
+        )

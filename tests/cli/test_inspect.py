@@ -90,7 +90,7 @@ class TestJson:
         assert found.json["cause"] in found.error
 
     @pytest.mark.parametrize(
-        "given", [("inspect", "gs://b/x"), ("doctor", "gs://b/x"), ("load", "gs://b/x"), ("load", ".", "--trace", "/")]
+        "given", [("inspect", "ftp://b/x"), ("doctor", "ftp://b/x"), ("load", "ftp://b/x"), ("load", ".", "--trace", "/")]
     )
     def test_wrong_use_is_an_object_too(self, cli: Program, given: tuple[str, ...]) -> None:
         found = cli(*given, "--json")

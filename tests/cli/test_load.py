@@ -221,7 +221,7 @@ def test_wrong_use_is_told_before_torch_is_imported(wrong: tuple[str, ...]) -> N
     find = "{'find_spec': lambda self, name, *_: os._exit(77) if name == 'torch' else None}"
     refuse = f"sys.meta_path.insert(0, type('', (), {find})())"
     code = f"import os, sys; {refuse}; from streamload.cli import main; sys.exit(main())"
-    with program("load", "/nowhere" if wrong else "gs://bucket/model", *wrong, python=("-c", code)) as process:
+    with program("load", "/nowhere" if wrong else "ftp://host/model", *wrong, python=("-c", code)) as process:
         found = Outcome(*_ended(process))
     assert (found.code, found.out) == (2, "")
     assert found.error

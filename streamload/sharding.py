@@ -35,7 +35,6 @@ from streamload.save.conversion import ConversionWriter, Pieces
 from streamload.save.journal import JOURNAL_NAME, Journal, Made
 from streamload.saving import destination_for
 from streamload.sources import SourceObject, open_source
-from streamload.sources.local import path_of
 from streamload.uris import scheme_of, scrub_uri
 from streamload.whole import WholeRead
 
@@ -491,7 +490,10 @@ def _check_apart(source: str, destination: str) -> None:
 def _folder(uri: str) -> str | None:
     """What names a folder on a disk, or a prefix in a bucket, in one way only; None for anything else."""
     scheme = scheme_of(uri)
+    # Only here: what the sources import takes longer than the rest of the package.
     if scheme == "file":
+        from streamload.sources.local import path_of
+
         path = os.path.realpath(path_of(uri))
         return os.path.dirname(path) if os.path.isfile(path) else path
     if scheme == "s3":

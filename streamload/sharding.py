@@ -490,6 +490,7 @@ def _check_apart(source: str, destination: str) -> None:
 def _folder(uri: str) -> str | None:
     """What names a folder on a disk, or a prefix in a bucket, in one way only; None for anything else."""
     scheme = scheme_of(uri)
+    # Only here: what the sources import takes longer than the rest of the package.
     if scheme == "file":
         from streamload.sources.local import path_of
 

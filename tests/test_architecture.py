@@ -25,11 +25,12 @@ _MAY_IMPORT = {
     "plan": {"checkpoint", "errors"},
     "wire": {"errors"},
     "sources": {*_BOTTOM, "checkpoint", "plan", "wire"},
-    "sinks": {*_BOTTOM, "checkpoint", "plan"},
+    # Which tensors have memory, and which share it, is asked where they are filled and where they are saved.
+    "sinks": {*_BOTTOM, "checkpoint", "plan", "shared_memory"},
     # The two contracts, and no concrete source or sink.
     "pipeline": {*_BOTTOM, "checkpoint", "plan", "report", "sources.base", "sinks.base"},
     # A file's layout and checksums are the checkpoint's; S3 is asked as it is for reading.
-    "save": {*_BOTTOM, "checkpoint", "plan", "sources", "sinks.dtypes"},
+    "save": {*_BOTTOM, "checkpoint", "plan", "shared_memory", "sources", "sinks.dtypes"},
     "integrations": {""},
     # Sizes are read and written on the command line as they are in messages.
     "cli": {"", "units"},

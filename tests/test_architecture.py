@@ -25,6 +25,7 @@ _MAY_IMPORT = {
     "plan": {"checkpoint", "errors"},
     "wire": {"errors"},
     "sources": {*_BOTTOM, "checkpoint", "plan", "wire"},
+    # Which tensors have memory, and which share it, is asked where they are filled and where they are saved.
     "sinks": {*_BOTTOM, "checkpoint", "plan", "shared_memory"},
     # The two contracts, and no concrete source or sink.
     "pipeline": {*_BOTTOM, "checkpoint", "plan", "report", "sources.base", "sinks.base"},

@@ -90,7 +90,8 @@ class TestJson:
         assert found.json["cause"] in found.error
 
     @pytest.mark.parametrize(
-        "given", [("inspect", "ftp://b/x"), ("doctor", "ftp://b/x"), ("load", "ftp://b/x"), ("load", ".", "--trace", "/")]
+        "given",
+        [("inspect", "ftp://b/x"), ("doctor", "ftp://b/x"), ("load", "ftp://b/x"), ("load", ".", "--trace", "/")],
     )
     def test_wrong_use_is_an_object_too(self, cli: Program, given: tuple[str, ...]) -> None:
         found = cli(*given, "--json")

@@ -98,8 +98,8 @@ def test_ranks_save_side_by_side_into_one_folder(tmp_path: Path) -> None:
     check_folder(tmp_path, ranks[11], "model-rank-11-*")
     load_as_vllm(tmp_path, 1, {"w.1": torch.empty(1000)})
     for rank in ranks:
-        assert set(streamload.load(tmp_path, rank=rank, world_size=12, verify="require")) == {f"w.{rank}"}
-    assert streamload.verify(tmp_path).ok
+        with streamload.stream(tmp_path, rank=rank, world_size=12, verify="require") as stream:
+            assert set(dict(stream)) == {f"w.{rank}"}
 
 
 def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:

@@ -236,6 +236,28 @@ def test_one_killed_while_files_get_their_names_goes_on_too(source: Path, tmp_pa
     check(source, made, 2)
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_one_that_replaces_another_and_is_killed_leaves_no_mixture(source: Path, tmp_path: Path, at: int) -> None:
+    made = tmp_path / "made"
+    options: dict[str, Any] = {"tp": 2, "max_file_bytes": 4 * MIB}
+    streamload.shard(source, made, **options)
+    older = weights(made)
+    other = {name: tensor + 1 for name, tensor in llama().items()}
+    shutil.rmtree(source)
+    write_sharded(source, other)
+    (source / "config.json").write_text(json.dumps(CONFIG))
+    assert run(Task(str(source), str(made), options, kill_at_publish=at)) is None
+    found = weights(made)
+    assert len(found) == at
+    assert all(content != older[name] for name, content in found.items())
+    for rank in range(2):
+        with pytest.raises(CheckpointError):
+            streamload.load(made, rank=rank, world_size=2)
+    again = streamload.shard(source, made, **options)
+    assert again.resumed_bytes == again.nbytes
+    check(source, made, 2)
+
+
 @pytest.mark.parametrize("state", ["killed", "done"])
 def test_a_source_that_has_changed_is_converted_anew(source: Path, tmp_path: Path, state: str) -> None:
     made = tmp_path / "made"

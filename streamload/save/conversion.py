@@ -216,11 +216,14 @@ class ConversionWriter:
         for name in of_ranks:
             # It may tell of what is about to be replaced.
             await self._destination.remove(name)
-        for file in self._files.values():
-            await file.file.publish()
+        # Old files and new ones are never there together, and the part without which a rank has none comes last: whoever
+        # looks in between, or after a kill, finds no checkpoint rather than a part of one.
+        new = {name for name, file in self._files.items() if file.file.published}
         for name in self._older:
-            if name not in self._files and name not in of_ranks:
+            if name not in new and name not in of_ranks:
                 await self._destination.remove(name)
+        for file in reversed(self._files.values()):
+            await file.file.publish()
         if not manifests:
             return []
         for rank, name in enumerate(of_ranks):

@@ -216,8 +216,8 @@ class ConversionWriter:
         for name in of_ranks:
             # It may tell of what is about to be replaced.
             await self._destination.remove(name)
-        # Old files and new ones are never there together, and the part without which a rank has none comes last: whoever
-        # looks in between, or after a kill, finds no checkpoint rather than a part of one.
+        # Old files and new ones are never there together, and the part without which a rank has none comes last:
+        # whoever looks in between, or after a kill, finds no checkpoint rather than a part of one.
         new = {name for name, file in self._files.items() if file.file.published}
         for name in self._older:
             if name not in new and name not in of_ranks:

@@ -45,8 +45,9 @@ from streamload.errors import (
     UnsupportedDtypeError,
 )
 from streamload.events import Event, Progress
+from streamload.filling import load_into
 from streamload.inspection import Inspection, RankPlan, inspect
-from streamload.loader import AsyncStream, Stream, load, load_into, open, stream
+from streamload.loader import AsyncStream, Stream, load, open, stream
 from streamload.manifesting import WrittenManifest, write_manifest
 from streamload.options import LoadOptions, Options
 from streamload.plan import (

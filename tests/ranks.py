@@ -62,7 +62,7 @@ def main() -> None:
     _say(at="store", port=store.port)
     dist.init_process_group("gloo", store=store, rank=task.rank, world_size=task.size, timeout=timeout)
 
-    def open_source(uri: str, *, concurrency: int | None = None) -> FaultSource:
+    def open_source(uri: str, **_: object) -> FaultSource:
         source = FaultSource(
             LocalSource(uri),
             fail_at=task.fail_at or task.block_at,
@@ -92,7 +92,7 @@ def main() -> None:
             into["extra"] = torch.zeros(1)
         try:
             with (
-                patch("streamload.loader.open_source", open_source),
+                patch("streamload.planning.open_source", open_source),
                 patch("streamload.peers.Peers.finish", say_and_finish),
             ):
                 streamload.load_into(into, task.folder, rank=task.rank, world_size=task.size)

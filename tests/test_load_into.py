@@ -60,7 +60,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[[Source], Source]:
     """Have loads read from this source, whatever the URI."""
 
     def serve(source: Source) -> Source:
-        monkeypatch.setattr("streamload.loader.open_source", lambda uri, concurrency=None: source)
+        monkeypatch.setattr("streamload.planning.open_source", lambda uri, **_: source)
         return source
 
     return serve
@@ -422,7 +422,7 @@ def targets() -> dict[str, torch.Tensor]:
 def operations_of_a_load() -> int:
     source = FaultSource(MemorySource(CONTENT))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("streamload.loader.open_source", lambda uri, concurrency=None: source)
+        patch.setattr("streamload.planning.open_source", lambda uri, **_: source)
         into = targets()
         streamload.load_into(into, "memory://", **SMALL)
     check(into, TENSORS)
@@ -487,7 +487,7 @@ def test_ended_by_another_rank_at_any_operation_nothing_writes_any_more(
     source = FaultSource(MemorySource(CONTENT), fail_at=k, times=None, block=True)
     serve(source)
     peers = FakePeers(source)
-    monkeypatch.setattr("streamload.loader.join_peers", lambda: peers)
+    monkeypatch.setattr("streamload.filling.join_peers", lambda: peers)
     into = targets()
     with pytest.raises(PeerError, match="rank 1 failed: it happens") as caught:
         streamload.load_into(into, "memory://", rank=0, world_size=1, placements=EVERYWHERE, **SMALL)
@@ -515,7 +515,7 @@ def test_where_another_rank_fails_at_the_end_the_content_does_not_count(
     serve(source)
     peers = Late(source)
     monkeypatch.setattr(peers, "when_failed", lambda call: None)
-    monkeypatch.setattr("streamload.loader.join_peers", lambda: peers)
+    monkeypatch.setattr("streamload.filling.join_peers", lambda: peers)
     with pytest.raises(PeerError, match=f"rank 1 failed: late; {UNDEFINED}") as caught:
         streamload.load_into(
             targets(), "memory://", rank=0, world_size=1, placements=EVERYWHERE, deadline_s=1000, **SMALL

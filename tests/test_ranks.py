@@ -105,10 +105,10 @@ def in_memory(monkeypatch: pytest.MonkeyPatch, folder: Path) -> str:
     """The same objects from a source that is neither a file nor a server."""
     objects = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def make(uri: str, *, concurrency: int | None = None) -> MemorySource:
+    def make(uri: str, **_: object) -> MemorySource:
         return MemorySource(objects, uri=uri)
 
-    monkeypatch.setattr("streamload.loader.open_source", make)
+    monkeypatch.setattr("streamload.planning.open_source", make)
     return "memory://ranks"
 
 

@@ -34,6 +34,9 @@ _TEST_FILES = ("tests", "examples", "README.md", "pyproject.toml")
 # what is not installed here.
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench", "engines")
 
+# What the wheel puts beside other packages: the package, and what its program begins with.
+_INSTALLED = {"streamload", "streamload_command.py"}
+
 # What needs more than Python packages is tested elsewhere.
 _HERE = "not gpu and not root and not cloud"
 
@@ -83,7 +86,7 @@ def _build(dist: Path) -> Path:
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         _check_contents(wheel, archive.namelist(), ("streamload/py.typed", ".dist-info/licenses/LICENSE"))
-        strangers = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" not in name} - {"streamload"}
+        strangers = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" not in name} - _INSTALLED
     if strangers:
         sys.exit(f"{wheel.name} would install more than streamload: {', '.join(sorted(strangers))}")
     with tarfile.open(sdist) as archive:

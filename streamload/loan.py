@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 from streamload.checksums import RunningChecksum
 
-__all__ = ["Loan"]
+__all__ = ["Loan", "Rows"]
+
+
+class Rows(NamedTuple):
+    """Ranges of one length at equal distances in the object, which belong one behind the other.
+
+    Attributes:
+        memory: Where they belong, all of them.
+        nbytes: Each one's length.
+        gap_bytes: How many bytes lie between two of them, needed by nobody.
+        scratch: Where those may go, a piece at a time.
+    """
+
+    memory: memoryview
+    nbytes: int
+    gap_bytes: int
+    scratch: memoryview
 
 
 class Loan:
@@ -25,12 +42,13 @@ class Loan:
     Attributes:
         views: One-dimensional writable byte views; none of them is empty.
         gaps: For each view, whether it is a gap; None where there is none.
+        rows: The same in few words, where views are so regular; a source may go by this, and need not look at them.
         nbytes: Their length together, in bytes.
         checksum: Of what has landed so far, where it is wanted; it may stay behind what is in place.
         landed_bytes: How many bytes the source has said to be in place.
     """
 
-    __slots__ = ("_parent", "_quarantined", "checksum", "gaps", "landed_bytes", "nbytes", "views")
+    __slots__ = ("_gaps", "_parent", "_quarantined", "_views", "checksum", "landed_bytes", "nbytes", "rows")
 
     def __init__(
         self, views: Sequence[memoryview], *, gaps: Sequence[bool] | None = None, parent: Loan | None = None
@@ -43,19 +61,55 @@ class Loan:
             parent: The loan of which this is the rest.
         """
         sizes = [view.nbytes for view in views]
-        self.gaps: tuple[bool, ...] | None = None
+        self.rows: Rows | None = None
+        self._gaps: tuple[bool, ...] | None = None
         if all(sizes):
-            self.views = tuple(views)
-            self.gaps = None if gaps is None else tuple(gaps)
+            self._views = tuple(views)
+            self._gaps = None if gaps is None else tuple(gaps)
         else:
-            self.views = tuple(view for view in views if view.nbytes)
+            self._views = tuple(view for view in views if view.nbytes)
             if gaps is not None:
-                self.gaps = tuple(gap for gap, size in zip(gaps, sizes, strict=True) if size)
+                self._gaps = tuple(gap for gap, size in zip(gaps, sizes, strict=True) if size)
         self.nbytes = sum(sizes)
         self._parent = parent
         self._quarantined = False
         self.checksum: RunningChecksum | None = None if parent is None else parent.checksum
         self.landed_bytes = 0
+
+    @classmethod
+    def of_rows(cls, rows: Rows) -> Self:
+        """Lend rows. Views are made of them only where somebody looks at them: there may be thousands."""
+        loan = cls(())
+        count = rows.memory.nbytes // rows.nbytes
+        loan.rows = rows
+        loan.nbytes = rows.memory.nbytes + (count - 1) * rows.gap_bytes
+        return loan
+
+    @property
+    def views(self) -> tuple[memoryview, ...]:
+        """See the class."""
+        if not self._views and self.rows is not None:
+            self._spread(self.rows)
+        return self._views
+
+    @property
+    def gaps(self) -> tuple[bool, ...] | None:
+        """See the class."""
+        if not self._views and self.rows is not None:
+            self._spread(self.rows)
+        return self._gaps
+
+    def _spread(self, rows: Rows) -> None:
+        size = rows.scratch.nbytes
+        whole, rest = divmod(rows.gap_bytes, size)
+        between = [rows.scratch] * whole + ([rows.scratch[:rest]] if rest else [])
+        views: list[memoryview] = []
+        for start in range(0, rows.memory.nbytes, rows.nbytes):
+            views += (rows.memory[start : start + rows.nbytes], *between)
+        gaps = [False, *[True] * len(between)] * (rows.memory.nbytes // rows.nbytes)
+        # None behind the last.
+        end = len(views) - len(between)
+        self._views, self._gaps = tuple(views[:end]), tuple(gaps[:end])
 
     @property
     def quarantined(self) -> bool:

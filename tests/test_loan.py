@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamload.checksums import PartialChecksum, RunningChecksum
-from streamload.loan import Loan
+from streamload.loan import Loan, Rows
 
 
 def lend(nbytes: int) -> tuple[bytearray, Loan]:
@@ -56,3 +56,16 @@ def test_a_retry_from_the_beginning_gives_the_sum_up() -> None:
     loan.landed(memoryview(memory))
     loan.after(0)
     assert loan.checksum is None
+
+
+def test_rows_are_the_views_that_they_stand_for() -> None:
+    memory, scratch = memoryview(bytearray(30)), memoryview(bytearray(4))
+    loan = Loan.of_rows(Rows(memory, 10, 7, scratch))
+    assert loan.nbytes == 3 * 10 + 2 * 7
+    assert [view.nbytes for view in loan.views] == [10, 4, 3, 10, 4, 3, 10]
+    assert loan.gaps == (False, True, True, False, True, True, False)
+    rest = loan.after(12)
+    assert (rest.rows, rest.nbytes, rest.gaps) == (None, 32, (True, True, False, True, True, False))
+    for number, view in enumerate(view for view, gap in zip(loan.views, loan.gaps, strict=True) if not gap):
+        view[:] = bytes([number]) * 10
+    assert bytes(memory) == b"\0" * 10 + b"\1" * 10 + b"\2" * 10

@@ -52,6 +52,23 @@ class Pieces(Sequence[Piece]):
         self._count = count
         self.nbytes = nbytes
 
+    @property
+    def rows(self) -> tuple[Piece, int, int] | None:
+        """The first piece, how many bytes lie between two of them in the file, and how many pieces there are.
+
+        Where they all are of one tensor and of one length, at equal distances in the file and one behind the other in
+        what is handed out: a share of a matrix's rows. None for all else.
+        """
+        if len(self._tensors) != 1 or len(self._tensors[0][1].stripes) != 1 or self._count < 2:
+            return None
+        place, (stripe,) = self._tensors[0][0], self._tensors[0][1].stripes
+        row, rest = divmod(self._start - stripe.file_start, stripe.file_step)
+        whole = (self._count - 1) * stripe.file_step + stripe.nbytes
+        if rest or self._end - self._start != whole or stripe.tensor_step != stripe.nbytes:
+            return None
+        first = Piece(place, stripe.tensor_start + row * stripe.tensor_step, 0, stripe.nbytes)
+        return first, stripe.file_step - stripe.nbytes, self._count
+
     def __len__(self) -> int:
         return self._count
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from streamload.loan import Loan
+from streamload.loan import Loan, Rows
 from streamload.plan import Batch, Piece, Pieces, Read
 
 __all__ = ["SCRATCH_BYTES", "Bounces", "copy_out", "is_bounced", "is_sliced", "scattered"]
@@ -114,6 +114,9 @@ def scattered(read: Read, place: Callable[[Piece], tuple[memoryview, int]], scra
         place: The memory that a piece belongs in, and its first byte's place there.
         scratch: At least a byte of it.
     """
+    rows = _rows(read, place, scratch)
+    if rows is not None:
+        return Loan.of_rows(rows)
     views: list[memoryview] = []
     gaps: list[bool] = []
     position = 0
@@ -137,6 +140,20 @@ def scattered(read: Read, place: Callable[[Piece], tuple[memoryview, int]], scra
         views.append(memory[start:end])
         gaps.append(False)
     return Loan(views, gaps=gaps if any(gaps) else None)
+
+
+def _rows(read: Read, place: Callable[[Piece], tuple[memoryview, int]], scratch: memoryview) -> Rows | None:
+    """The read in few words, where its pieces belong one behind the other."""
+    found = read.pieces.rows if isinstance(read.pieces, Pieces) else None
+    if found is None:
+        return None
+    first, gap_bytes, count = found
+    nbytes = first.nbytes
+    last = Piece(first.tensor, first.tensor_start + (count - 1) * nbytes, 0, nbytes)
+    (memory, start), (behind, end) = place(first), place(last)
+    if memory is not behind or end - start != (count - 1) * nbytes:
+        return None
+    return Rows(memory[start : end + nbytes], nbytes, gap_bytes, scratch)
 
 
 def copy_out(pieces: Sequence[Piece], place: Callable[[Piece], tuple[memoryview, int]], received: memoryview) -> None:

@@ -19,7 +19,7 @@ from streamload.sources.base import Source, SourceObject
 from streamload.sources.keys import check_key
 from streamload.sources.operations import Operations
 from streamload.sources.os_errors import translate_os_error
-from streamload.sources.positional import SKIPPED_GAP_BYTES, OpenFile, ReadAhead, ReadJob, version_of
+from streamload.sources.positional import SKIPPED_GAP_BYTES, OpenFile, ReadAhead, ReadJob, passes_over, version_of
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
 __all__ = ["LocalSource", "path_of"]
@@ -117,9 +117,19 @@ class LocalSource(Source):
         async with self._operations.running():
             root = self._root if self._root is not None else await self._find_root()
             file = self._open(root, object)
-            self._ahead.ask(file, start, end - start, gaps=loan.gaps is not None)
-            # Summed up on the thread that reads, while the processor has the bytes at hand.
-            job = ReadJob(file, loan.views, start, gaps=loan.gaps, checksum=loan.checksum, ahead=self._ahead)
+            rows = loan.rows if loan.rows is not None and passes_over(loan.rows) else None
+            gaps = None if rows is not None else loan.gaps
+            self._ahead.ask(file, start, end - start, gaps=rows is not None or gaps is not None)
+            job = ReadJob(
+                file,
+                loan.views if rows is None else (),
+                start,
+                gaps=gaps,
+                rows=rows,
+                # Summed up on the thread that reads, while the processor has the bytes at hand.
+                checksum=loan.checksum,
+                ahead=self._ahead,
+            )
             try:
                 error = await self._run(job, loan)
             finally:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from streamload.checksums import RunningChecksum
 from streamload.errors import ObjectChangedError, TruncatedReadError
+from streamload.loan import Rows
 
-__all__ = ["SKIPPED_GAP_BYTES", "OpenFile", "ReadAhead", "ReadJob", "version_of"]
+__all__ = ["SKIPPED_GAP_BYTES", "OpenFile", "ReadAhead", "ReadJob", "passes_over", "version_of"]
 
 # Linux refuses more views in one call (IOV_MAX in limits.h).
 _MAX_VIEWS = 1024
@@ -22,6 +23,12 @@ _MAX_CALL_BYTES = 8 << 20
 #: Gaps wider than this are passed over; `LocalSource.skipped_gap_bytes` says why.
 SKIPPED_GAP_BYTES = 4096
 
+# Rows shorter than this are read by one thread at a time: a call takes a microsecond, and more than twice that where
+# two threads make them, each of which waits for the interpreter's lock behind the other, call by call.
+_SHORT_BYTES = 64 << 10
+_turn = threading.Lock()
+_LOOK_S = 0.05  # how often one who waits for its turn looks whether it has been stopped
+
 # What the kernel reads ahead by itself after a jump, at its usual setting.
 _LEAST_AHEAD_BYTES = 128 << 10
 
@@ -32,6 +39,11 @@ _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 def version_of(status: os.stat_result) -> str:
     """What pins a file's content: its modification time, size and inode."""
     return f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
+
+
+def passes_over(rows: Rows) -> bool:
+    """Whether rows are read one by one, rather than all that lies between the first and the last."""
+    return rows.gap_bytes > SKIPPED_GAP_BYTES and rows.nbytes <= _MAX_CALL_BYTES
 
 
 class OpenFile:
@@ -159,6 +171,7 @@ class ReadJob:
         views: What to fill.
         offset: Where in the file the first view's bytes are.
         gaps: For each view, whether nobody needs it; wide ones are passed over. None: all are needed.
+        rows: What to fill instead of views, one call for each row.
         checksum: Told of what is in place, piece by piece; None where nobody wants it summed up, as with gaps.
         ahead: What is to be read ahead, before this read begins.
 
@@ -168,7 +181,7 @@ class ReadJob:
         calls: How many times the kernel was asked to read.
     """
 
-    __slots__ = ("_ahead", "_checksum", "_file", "_gaps", "_offset", "_views", "calls", "filled", "stop")
+    __slots__ = ("_ahead", "_checksum", "_file", "_gaps", "_offset", "_rows", "_views", "calls", "filled", "stop")
 
     def __init__(
         self,
@@ -177,6 +190,7 @@ class ReadJob:
         offset: int,
         *,
         gaps: Sequence[bool] | None = None,
+        rows: Rows | None = None,
         checksum: RunningChecksum | None = None,
         ahead: ReadAhead | None = None,
     ) -> None:
@@ -185,6 +199,7 @@ class ReadJob:
         self._file = file
         self._views = views
         self._gaps = gaps
+        self._rows = rows
         self._offset = offset
         self.stop = False
         self.filled = 0
@@ -200,7 +215,7 @@ class ReadJob:
             self._file.check(fd)
             if self._ahead is not None:
                 self._ahead.advise()
-            complete = self._fill(fd, self._views) if self._gaps is None else self._fill_around(fd, self._gaps)
+            complete = self._fill_all(fd)
             self._check_again(fd)
         except OSError as error:
             return error
@@ -217,6 +232,46 @@ class ReadJob:
         except OSError:
             self.filled = 0
             raise
+
+    def _fill_all(self, fd: int) -> bool:
+        """Fill what was lent; False where it was stopped, or the file ended."""
+        rows = self._rows
+        if rows is None:
+            return self._fill(fd, self._views) if self._gaps is None else self._fill_around(fd, self._gaps)
+        if rows.nbytes >= _SHORT_BYTES:
+            return self._fill_rows(fd, rows)
+        while not _turn.acquire(timeout=_LOOK_S):
+            if self.stop:
+                return False
+        try:
+            return self._fill_rows(fd, rows)
+        finally:
+            _turn.release()
+
+    def _fill_rows(self, fd: int, rows: Rows) -> bool:
+        """Fill rows; as `_fill`. There may be thousands of them, and each is worth a microsecond."""
+        memory, nbytes = rows.memory, rows.nbytes
+        step = nbytes + rows.gap_bytes
+        preadv, offset, began = os.preadv, self._offset, self._offset
+        try:
+            for start in range(0, memory.nbytes, nbytes):
+                if self.stop:
+                    return False
+                got = preadv(fd, (memory[start : start + nbytes],), offset)
+                while got < nbytes:
+                    more = preadv(fd, (memory[start + got : start + nbytes],), offset + got) if got else 0
+                    self.calls += 1
+                    if not more:
+                        offset += got
+                        return False
+                    got += more
+                offset += step
+            offset -= rows.gap_bytes
+        finally:
+            # The gaps before what is in place count as well.
+            self.filled = offset - began
+            self.calls += -(-self.filled // step)
+        return True
 
     def _fill_around(self, fd: int, gaps: Sequence[bool]) -> bool:
         """Fill the views that are needed; False where it was stopped, or the file ended."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from streamload.errors import ClosedError, NotFoundError, ObjectChangedError, SourceError, StreamloadError
-from streamload.loan import Loan
+from streamload.loan import Loan, Rows
 from streamload.sources import Source, SourceObject
 from streamload.testing.loops import run_on_each_loop
 
@@ -223,6 +223,10 @@ class SourceConformance(ABC):
                     memory[:] = bytes([_POISON]) * memory.nbytes
                     await source.read(object, piece + gap // 2, loan.nbytes, rest)
                     assert memory[piece:] == expected[piece:]
+                    memory[:] = bytes([_POISON]) * memory.nbytes
+                    in_rows = Loan.of_rows(Rows(memory, piece, gap, scratch[:1000]))
+                    await source.read(object, 0, in_rows.nbytes, in_rows)
+                    assert memory == expected
 
         self.run(body)
 

@@ -27,10 +27,10 @@ from streamload.errors import (
     TransientError,
     TruncatedReadError,
 )
-from streamload.loan import Loan
+from streamload.loan import Loan, Rows
 from streamload.sources import SourceObject, local
 from streamload.sources.local import LocalSource
-from streamload.sources.positional import version_of
+from streamload.sources.positional import OpenFile, ReadJob, version_of
 from streamload.testing import run_on_each_loop
 
 _KEY = "model.safetensors"
@@ -628,3 +628,26 @@ def test_a_process_ends_although_a_read_hangs(file: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.split() == ["True", "True"]
     assert "does not return" in ended.stderr
+
+
+def test_a_file_that_ends_inside_a_row_and_a_reader_that_is_stopped_between_two(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 1000
+    path = tmp_path / "rows"
+    path.write_bytes(content)
+    memory = memoryview(bytearray(5 * 100))
+    rows = Rows(memory, 100, 9900, memoryview(bytearray(10)))
+
+    def job(offset: int) -> ReadJob:
+        return ReadJob(OpenFile(str(path), version_of(path.stat())), (), offset, rows=rows)
+
+    whole = job(0)
+    assert whole.run() is None
+    assert (whole.filled, whole.calls) == (4 * 10_000 + 100, 5)
+    assert bytes(memory) == b"".join(content[at : at + 100] for at in range(0, 50_000, 10_000))
+    cut = job(len(content) - 20_030)
+    assert isinstance(cut.run(), TruncatedReadError)
+    assert cut.filled == 20_030
+    assert bytes(memory[:100]) == content[-20_030:-19_930]
+    stopped = job(0)
+    stopped.stop = True
+    assert (stopped.run(), stopped.filled, stopped.calls) == (None, 0, 0)

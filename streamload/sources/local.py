@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import stat
+import threading
 from collections.abc import Awaitable
 from typing import ClassVar, TypeVar
 from urllib.parse import unquote
@@ -83,6 +84,7 @@ class LocalSource(Source):
         self._threads = DaemonExecutor(_THREADS if concurrency is None else concurrency)
         self._operations = Operations()
         self._ahead = ReadAhead()
+        self._turn = threading.Lock()  # on reader threads only; see ReadJob
         self._files: dict[tuple[str, str], OpenFile] = {}
         self._root: str | None = None
         self._hanging = 0
@@ -126,6 +128,7 @@ class LocalSource(Source):
                 start,
                 gaps=gaps,
                 rows=rows,
+                turn=self._turn,
                 # Summed up on the thread that reads, while the processor has the bytes at hand.
                 checksum=loan.checksum,
                 ahead=self._ahead,

@@ -26,8 +26,8 @@ SKIPPED_GAP_BYTES = 4096
 # Rows shorter than this are read by one thread at a time: a call takes a microsecond, and more than twice that where
 # two threads make them, each of which waits for the interpreter's lock behind the other, call by call.
 _SHORT_BYTES = 64 << 10
-_turn = threading.Lock()
-_LOOK_S = 0.05  # how often one who waits for its turn looks whether it has been stopped
+# That only saves time, so nobody waits long for one who may hang in the kernel.
+_PATIENCE_S = 0.1
 
 # What the kernel reads ahead by itself after a jump, at its usual setting.
 _LEAST_AHEAD_BYTES = 128 << 10
@@ -172,6 +172,7 @@ class ReadJob:
         offset: Where in the file the first view's bytes are.
         gaps: For each view, whether nobody needs it; wide ones are passed over. None: all are needed.
         rows: What to fill instead of views, one call for each row.
+        turn: What reads of short rows take turns by.
         checksum: Told of what is in place, piece by piece; None where nobody wants it summed up, as with gaps.
         ahead: What is to be read ahead, before this read begins.
 
@@ -181,7 +182,19 @@ class ReadJob:
         calls: How many times the kernel was asked to read.
     """
 
-    __slots__ = ("_ahead", "_checksum", "_file", "_gaps", "_offset", "_rows", "_views", "calls", "filled", "stop")
+    __slots__ = (
+        "_ahead",
+        "_checksum",
+        "_file",
+        "_gaps",
+        "_offset",
+        "_rows",
+        "_turn",
+        "_views",
+        "calls",
+        "filled",
+        "stop",
+    )
 
     def __init__(
         self,
@@ -191,6 +204,7 @@ class ReadJob:
         *,
         gaps: Sequence[bool] | None = None,
         rows: Rows | None = None,
+        turn: threading.Lock | None = None,
         checksum: RunningChecksum | None = None,
         ahead: ReadAhead | None = None,
     ) -> None:
@@ -200,6 +214,7 @@ class ReadJob:
         self._views = views
         self._gaps = gaps
         self._rows = rows
+        self._turn = turn
         self._offset = offset
         self.stop = False
         self.filled = 0
@@ -238,15 +253,14 @@ class ReadJob:
         rows = self._rows
         if rows is None:
             return self._fill(fd, self._views) if self._gaps is None else self._fill_around(fd, self._gaps)
-        if rows.nbytes >= _SHORT_BYTES:
+        if self._turn is None or rows.nbytes >= _SHORT_BYTES:
             return self._fill_rows(fd, rows)
-        while not _turn.acquire(timeout=_LOOK_S):
-            if self.stop:
-                return False
+        has_turn = self._turn.acquire(timeout=_PATIENCE_S)
         try:
             return self._fill_rows(fd, rows)
         finally:
-            _turn.release()
+            if has_turn:
+                self._turn.release()
 
     def _fill_rows(self, fd: int, rows: Rows) -> bool:
         """Fill rows; as `_fill`. There may be thousands of them, and each is worth a microsecond."""

@@ -651,3 +651,21 @@ def test_a_file_that_ends_inside_a_row_and_a_reader_that_is_stopped_between_two(
     stopped = job(0)
     stopped.stop = True
     assert (stopped.run(), stopped.filled, stopped.calls) == (None, 0, 0)
+
+
+def test_a_reader_of_rows_does_not_wait_for_one_that_hangs(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(b"x" * 50_000)
+    memory = memoryview(bytearray(5 * 100))
+    turn = threading.Lock()
+    with turn:
+        job = ReadJob(
+            OpenFile(str(path), version_of(path.stat())),
+            (),
+            0,
+            rows=Rows(memory, 100, 9900, memoryview(bytearray(10))),
+            turn=turn,
+        )
+        assert job.run() is None
+        assert turn.locked(), "it gave back a turn that it did not have"
+    assert bytes(memory) == b"x" * 500

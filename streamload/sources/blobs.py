@@ -10,10 +10,7 @@ from typing import ClassVar, TypeVar
 
 from streamload.checksums import Checksum
 from streamload.errors import (
-    AccessError,
-    CredentialsError,
     NotFoundError,
-    ObjectChangedError,
     OptionError,
     SourceError,
     StreamloadError,
@@ -21,6 +18,7 @@ from streamload.errors import (
 )
 from streamload.loan import Loan
 from streamload.sources.base import Source, SourceObject
+from streamload.sources.http_answers import ERRORS, THROTTLED
 from streamload.sources.keys import check_key
 from streamload.sources.operations import Operations
 from streamload.sources.threads import DaemonExecutor, ThreadCall
@@ -36,20 +34,6 @@ T = TypeVar("T")
 _THREADS = 8
 _THREAD_EXIT_S = 1.0
 
-_STATUSES: dict[int, type[SourceError]] = {
-    401: CredentialsError,
-    403: AccessError,
-    404: NotFoundError,
-    408: TransientError,
-    412: ObjectChangedError,
-    429: TransientError,
-    500: TransientError,
-    502: TransientError,
-    503: TransientError,
-    504: TransientError,
-}
-_THROTTLED = frozenset({408, 429, 503})
-
 
 def error_of_status(status: int | None, what: str) -> SourceError:
     """The error that a status of HTTP's means; not located.
@@ -61,8 +45,8 @@ def error_of_status(status: int | None, what: str) -> SourceError:
     if status is None:
         return TransientError(f"there was no answer: {what}")
     text = f"the store answered {status} {what}"
-    kind = _STATUSES.get(status, SourceError)
-    return TransientError(text, throttled=status in _THROTTLED) if kind is TransientError else kind(text)
+    kind = ERRORS.get(status, SourceError)
+    return TransientError(text, throttled=status in THROTTLED) if kind is TransientError else kind(text)
 
 
 class BlobStore(ABC):

@@ -16,8 +16,9 @@ from streamload.errors import (
 )
 from streamload.loan import Loan
 from streamload.sources.base import Source, SourceObject
+from streamload.sources.http_answers import parse_http_date
 from streamload.sources.http_client import HttpClient, Origin, Resource, checked_headers, escaped, origin_of
-from streamload.sources.http_errors import parse_http_date, refusal
+from streamload.sources.http_errors import refusal
 from streamload.sources.http_ranges import RangeRead, check_identity, total_bytes
 from streamload.sources.keys import check_key
 from streamload.sources.operations import Operations

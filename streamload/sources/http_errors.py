@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from datetime import UTC
-from email.utils import parsedate_to_datetime
-
 from streamload.errors import (
     AccessError,
-    CredentialsError,
     NotFoundError,
     ObjectChangedError,
     SourceError,
     TransientError,
 )
+from streamload.sources.http_answers import ERRORS, THROTTLED, retry_after_s
 from streamload.wire import Head
 
-__all__ = ["parse_http_date", "refusal"]
+__all__ = ["refusal"]
 
 _KINDS: dict[int, type[SourceError]] = {
-    401: CredentialsError,
-    403: AccessError,
-    404: NotFoundError,
+    **ERRORS,
     407: AccessError,
-    408: TransientError,
     410: NotFoundError,
-    412: ObjectChangedError,
     416: ObjectChangedError,
     425: TransientError,
-    429: TransientError,
     451: AccessError,
-    500: TransientError,
-    502: TransientError,
-    503: TransientError,
-    504: TransientError,
 }
-
-# With these the server asks for fewer requests.
-_THROTTLED = {408, 429, 503}
 
 _MEANINGS = {
     401: "it wants credentials, or others than it got",
@@ -65,28 +48,5 @@ def refusal(head: Head, host: str) -> SourceError:
     said = f"{host} answered {head.status}"
     cause = f"{_MEANINGS[head.status]} ({said})" if head.status in _MEANINGS else said
     if kind is TransientError:
-        return TransientError(cause, throttled=head.status in _THROTTLED, retry_after_s=_retry_after_s(head.headers))
+        return TransientError(cause, throttled=head.status in THROTTLED, retry_after_s=retry_after_s(head.headers))
     return kind(cause)
-
-
-def parse_http_date(text: str | None) -> float | None:
-    """Seconds since 1970 of an HTTP date; None where it is none."""
-    try:
-        date = None if text is None else parsedate_to_datetime(text)
-    except (ValueError, OverflowError):
-        return None
-    # One that names no zone means UTC: HTTP knows no other.
-    return None if date is None else (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """How long the server asks to be left alone, in seconds; None where it does not say so, or not clearly."""
-    text = headers.get("retry-after", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    until_s = parse_http_date(text)
-    if until_s is None:
-        return None
-    # By the server's own clock, where it tells the time: ours may differ.
-    now_s = parse_http_date(headers.get("date"))
-    return max(0.0, until_s - (time.time() if now_s is None else now_s))

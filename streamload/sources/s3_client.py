@@ -21,6 +21,7 @@ from botocore.loaders import Loader, create_loader
 
 from streamload.errors import CredentialsError, ObjectChangedError, SourceError
 from streamload.loan import Loan
+from streamload.sources.http_answers import parse_http_date
 from streamload.sources.s3_answers import BoundedSession, StrictParsers
 from streamload.sources.s3_errors import (
     EXPIRED,
@@ -32,7 +33,7 @@ from streamload.sources.s3_errors import (
     other_tag,
     translate_s3_error,
 )
-from streamload.sources.s3_signing import ServerClock, Signer, parse_date
+from streamload.sources.s3_signing import ServerClock, Signer
 from streamload.sources.s3_wire import S3Wire
 from streamload.uris import scrub_uri
 from streamload.wire import ONLY_TLS, Head, Lanes, speaks_tls
@@ -264,7 +265,7 @@ class S3Client:
         except FOREIGN_ERRORS as error:
             facts["answer"] = "none: " + translate_s3_error(error, host=self.host, bucket=self._asked.bucket).cause
         facts["addressing"] = self._style
-        server_s = parse_date(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
+        server_s = parse_http_date(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date"))
         if server_s is not None:
             # The header counts whole seconds.
             facts["clock offset"] = f"{server_s - (asked + time.time()) / 2:+.0f} s"

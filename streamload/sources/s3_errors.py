@@ -20,7 +20,7 @@ from streamload.errors import (
     TransientError,
     TruncatedReadError,
 )
-from streamload.sources.s3_signing import parse_date
+from streamload.sources.http_answers import ERRORS, THROTTLED, parse_http_date, retry_after_s
 from streamload.wire import NO_TLS, ONLY_TLS, is_plain
 
 __all__ = [
@@ -112,21 +112,6 @@ _THROTTLED = {
     "TooManyRequests",
     "TooManyRequestsException",
 }
-_THROTTLED_STATUSES = {408, 429, 503}
-
-# For answers without a code: those to HEAD, and those of proxies and load balancers.
-_STATUSES: dict[int, type[SourceError]] = {
-    401: CredentialsError,
-    403: AccessError,
-    404: NotFoundError,
-    408: TransientError,
-    412: ObjectChangedError,
-    429: TransientError,
-    500: TransientError,
-    502: TransientError,
-    503: TransientError,
-    504: TransientError,
-}
 
 _ADVICE = {
     **dict.fromkeys(EXPIRED, "the credentials have expired, and no newer ones were found"),
@@ -175,7 +160,7 @@ def error_headers(error: boto.ClientError) -> Mapping[str, str]:
 def is_changed(error: boto.ClientError) -> bool:
     """Whether the object is no longer the version that the request pinned."""
     code, status = error_code(error)
-    return _CODES.get(code, _STATUSES.get(status) if not code else None) is ObjectChangedError
+    return _CODES.get(code, ERRORS.get(status) if not code else None) is ObjectChangedError
 
 
 def other_tag(headers: Mapping[str, str], version: str) -> str | None:
@@ -232,14 +217,15 @@ def _answered(error: boto.ClientError, bucket: str, version: str | None) -> Sour
     elif status == 405 and error_headers(error).get("x-amz-delete-marker") == "true":
         kind = NotFoundError
     else:
-        kind = _CODES.get(code) or _STATUSES.get(status, SourceError)
+        # Answers to HEAD, and those of proxies and load balancers, have no code.
+        kind = _CODES.get(code) or ERRORS.get(status, SourceError)
     cause = _explanation(error, kind, cause, bucket, version)
     if kind is TransientError:
         asked_less = throttling or code in _THROTTLED or status == 429
         return TransientError(
             cause,
-            throttled=asked_less or (not code and status in _THROTTLED_STATUSES),
-            retry_after_s=_retry_after_s(error_headers(error)),
+            throttled=asked_less or (not code and status in THROTTLED),
+            retry_after_s=retry_after_s(error_headers(error)),
         )
     return kind(cause)
 
@@ -273,24 +259,11 @@ def _explanation(error: boto.ClientError, kind: type[SourceError], cause: str, b
 
 def _difference(date: str | None) -> str:
     """By how much this machine's clock differs from the server's, which has answered with this date."""
-    server_s = parse_date(date)
+    server_s = parse_http_date(date)
     if server_s is None:
         return "this machine's clock and the server's differ too much"
     ahead_s = time.time() - server_s
     return f"this machine's clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the server's"
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """How long the server asks to be left alone, in seconds; None where it does not say so, or not clearly."""
-    text = headers.get("retry-after", "").strip()
-    if text.isascii() and text.isdigit():
-        return float(text)
-    until_s = parse_date(text)
-    if until_s is None:
-        return None
-    # By the server's own clock, where it tells the time: ours may differ.
-    now_s = parse_date(headers.get("date"))
-    return max(0.0, until_s - (time.time() if now_s is None else now_s))
 
 
 def _through_proxy(error: Exception, reason: Exception, host: str) -> SourceError:

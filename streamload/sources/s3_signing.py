@@ -5,29 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from botocore.auth import SIGV4_TIMESTAMP, S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
-__all__ = ["SIGNATURES", "Moment", "ServerClock", "Signer", "Signing", "parse_date", "signing_of"]
+from streamload.sources.http_answers import parse_http_date
+
+__all__ = ["SIGNATURES", "Moment", "ServerClock", "Signer", "Signing", "signing_of"]
 
 #: The versions of signatures that `Signer` makes, as botocore calls them.
 SIGNATURES = frozenset({"v4", "s3v4"})
 
 # Under which `Signer` finds how a request was signed; a request's context is for handlers to leave things in.
 _NOTE = "streamload-signing"
-
-
-def parse_date(text: str | None) -> float | None:
-    """Seconds since 1970 of an HTTP date; None where it is none."""
-    try:
-        date = None if text is None else parsedate_to_datetime(text)
-    except (ValueError, OverflowError):
-        return None
-    # One that names no zone means UTC: HTTP knows no other.
-    return None if date is None else (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
 class ServerClock:
@@ -50,7 +41,7 @@ class ServerClock:
 
     def correct(self, date: str | None) -> bool:
         """Take over the time in the ``Date`` header of an answer; whether there is one."""
-        server_s = parse_date(date)
+        server_s = parse_http_date(date)
         if server_s is None:
             return False
         # In whole seconds, and somewhat old when it comes here; S3 allows a quarter of an hour.

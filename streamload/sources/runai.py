@@ -168,7 +168,7 @@ class RunaiSource(Source):
         self._engine.submit(read)
         self._asked += len(loan.views)
         try:
-            failure = await read.outcome()
+            failure = await read.result()
         except asyncio.CancelledError:
             if not read.take_back() and not await read.left(self._grace_s):
                 self._abandoned += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import ctypes
 import inspect
@@ -12,12 +11,14 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from streamload.errors import MissingDependencyError, SourceError, StreamloadError
 from streamload.sources.runai_settings import Setup, variables_set
+from streamload.sources.threads import Handed
 
 __all__ = ["Engine", "EngineError", "EngineRead"]
 
@@ -71,7 +72,7 @@ class EngineError(Exception):
         self.settled = settled
 
 
-class EngineRead:
+class EngineRead(Handed[Exception | None]):
     """One read: waits in line, is submitted, and ends when the engine has answered for each of its views.
 
     Args:
@@ -82,10 +83,9 @@ class EngineRead:
     """
 
     def __init__(self, setup: Setup, path: str, start: int, views: Sequence[memoryview]) -> None:
+        super().__init__()
         self.setup = setup
         self.path = path
-        #: Whether the engine has left the views.
-        self.over = False
         self.code = _SUCCESS
         self.settled = True
         self.offsets: list[int] = []
@@ -95,52 +95,16 @@ class EngineRead:
             start += size
         # They hold the memory, until the engine has left it: the addresses alone would not.
         self._memory: list[Any] = [ctypes.c_char.from_buffer(view) for view in views]
-        self._ticket = [
-            None
-        ]  # whoever pops it, which is atomic, has the read: the engine, or the one who takes it back
-        self._loop = asyncio.get_running_loop()
-        self._waiter: asyncio.Future[Exception | None] = self._loop.create_future()
 
     @property
     def addresses(self) -> list[int]:
         return [ctypes.addressof(memory) for memory in self._memory]
 
-    async def outcome(self) -> Exception | None:
-        """What went wrong, if anything. Cancelled, the read goes on: `take_back` it, or wait until it has `left`."""
-        return await self._waiter
-
-    def take_back(self) -> bool:
-        """Whether there is nothing to wait for: it was not submitted and never will be, or the engine has left it."""
-        return self.claim() or self.over
-
-    async def left(self, timeout_s: float) -> bool:
-        """Wait until the engine has left the views, for at most so many seconds, whoever cancels; whether it has."""
-        deadline = self._loop.time() + timeout_s
-        while not self.over and (left_s := deadline - self._loop.time()) > 0:
-            self._waiter = self._loop.create_future()
-            try:
-                await asyncio.wait({self._waiter}, timeout=left_s)
-            except asyncio.CancelledError:
-                # Cancelled once more. The caller raises the first one; until then the memory is not ours to return.
-                continue
-        return self.over
-
-    def claim(self) -> bool:
-        """Whether the read is the caller's now."""
-        try:
-            self._ticket.pop()
-        except IndexError:
-            return False
-        return True
-
     def end(self, failure: Exception | None) -> None:
         """Tell the one who waits. On the engine's thread, when it has left the views or is past knowing it."""
         if not isinstance(failure, EngineError) or failure.settled:
             self._memory.clear()
-        try:
-            self._loop.call_soon_threadsafe(self._set, failure)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            return
+        self.post(partial(self._set, failure))
 
     def _set(self, failure: Exception | None) -> None:
         self.over = not isinstance(failure, EngineError) or failure.settled

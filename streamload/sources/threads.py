@@ -11,7 +11,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, ParamSpec, TypeVar
 
-__all__ = ["DaemonExecutor", "ThreadCall"]
+__all__ = ["DaemonExecutor", "Handed", "ThreadCall"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -138,38 +138,32 @@ def _run(future: Future[Any], call: Callable[[], Any]) -> None:
         future.set_result(result)
 
 
-class ThreadCall(Generic[T]):
-    """One blocking call, made on a thread and awaited on an event loop.
+class Handed(Generic[T]):
+    """What an event loop has handed to another thread, and awaits. Made on the loop.
 
-    Unlike a future's, its cancellation is not the end of it: the one who was cancelled can take the call back before it
-    has begun, and else wait until the thread has left it.
-
-    Args:
-        threads: Where it is queued, at once.
-        fn: The call.
+    Unlike a future's, its cancellation is not the end of it: the one who was cancelled can take it back before it has
+    begun, and else wait until the thread has left it.
     """
 
-    __slots__ = ("_fn", "_loop", "_ticket", "_waiter", "over")
+    __slots__ = ("_loop", "_ticket", "_waiter", "over")
 
-    def __init__(self, threads: DaemonExecutor, fn: Callable[[], T]) -> None:
-        #: Whether the thread has left the call.
+    def __init__(self) -> None:
+        #: Whether the thread has left it.
         self.over = False
-        self._fn: Callable[[], T] | None = fn
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[T] = self._loop.create_future()
-        self._ticket = [None]  # whoever pops it, which is atomic, has the call: a thread, or the one who takes it back
-        threads.post(self._run)
+        self._ticket = [None]  # whoever pops it, which is atomic, has it: the thread, or the one who takes it back
 
     async def result(self) -> T:
-        """What the call returns or raises. Cancelled, the call goes on: `take_back` it, or wait until it has `left`."""
+        """What comes of it. Cancelled, it goes on: `take_back` it, or wait until it has `left`."""
         return await self._waiter
 
     def take_back(self) -> bool:
         """Whether there is nothing to wait for: it had not begun and never will, or the thread has left it."""
-        return self._claim() or self.over
+        return self.claim() or self.over
 
     async def left(self, timeout_s: float) -> bool:
-        """Wait until the thread has left the call, for at most so many seconds, whoever cancels; whether it has."""
+        """Wait until the thread has left it, for at most so many seconds, whoever cancels; whether it has."""
         deadline = self._loop.time() + timeout_s
         while not self.over and (left_s := deadline - self._loop.time()) > 0:
             self._waiter = self._loop.create_future()
@@ -180,15 +174,39 @@ class ThreadCall(Generic[T]):
                 continue
         return self.over
 
-    def _claim(self) -> bool:
+    def claim(self) -> bool:
+        """Whether it is the caller's from now on: the thread's, to begin it, or of the one who takes it back."""
         try:
             self._ticket.pop()
         except IndexError:
             return False
         return True
 
+    def post(self, outcome: Callable[[], None]) -> None:
+        """Have the loop told. On the thread."""
+        try:
+            self._loop.call_soon_threadsafe(outcome)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
+
+
+class ThreadCall(Handed[T]):
+    """One blocking call, made on a thread and awaited on an event loop.
+
+    Args:
+        threads: Where it is queued, at once.
+        fn: The call.
+    """
+
+    __slots__ = ("_fn",)
+
+    def __init__(self, threads: DaemonExecutor, fn: Callable[[], T]) -> None:
+        super().__init__()
+        self._fn: Callable[[], T] | None = fn
+        threads.post(self._run)
+
     def _run(self) -> None:
-        if not self._claim():
+        if not self.claim():
             return
         fn, self._fn = self._fn, None
         assert fn is not None
@@ -196,10 +214,7 @@ class ThreadCall(Generic[T]):
             outcome = partial(self._return, fn())
         except BaseException as error:
             outcome = partial(self._raise, error)
-        try:
-            self._loop.call_soon_threadsafe(outcome)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            return
+        self.post(outcome)
 
     def _return(self, result: T) -> None:
         self.over = True

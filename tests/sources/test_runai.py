@@ -460,7 +460,7 @@ class TestFailures:
             engine = Engine.acquire()
             read = EngineRead(Setup("gs"), "gs://bucket/key", 0, [memoryview(bytearray(10))])
             engine.submit(read)
-            failure = await read.outcome()
+            failure = await read.result()
             assert isinstance(failure, SourceError)
             assert "one kind of object store in a process, and has read s3://" in failure.cause
             assert engine.release()

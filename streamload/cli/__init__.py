@@ -84,7 +84,8 @@ def _run(argv: Sequence[str] | None, signals: Signals) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="streamload",
-        description="Streams safetensors checkpoints from S3 and disks into host or GPU memory.",
+        description="Streams safetensors checkpoints from object stores, the Hub, web servers and disks\n"
+        "into host or GPU memory.",
         epilog=f"{_EXAMPLES}\n\n{arguments.EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

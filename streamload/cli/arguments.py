@@ -78,7 +78,7 @@ def _add_verify(group: argparse._ArgumentGroup) -> None:
         "--verify",
         choices=("auto", "off", "require", "sha256"),
         help="check content against a manifest and the source's checksums, do not, fail where something has neither, "
-        "or compare the SHA-256 that the Hub keeps, too",
+        "or compare the SHA-256 that the Hub or S3 keeps, too",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,6 +37,9 @@ _log = logging.getLogger("streamload.sources")
 # Where a read's views are smaller than this on average, our own source reads it: each view is a request of the
 # engine's, and one of our own fills them all.
 _SMALL_VIEW_BYTES = 1 << 20
+
+# The engine's own variable that says how files are read: past the page cache or not, by which calls.
+_FILE_STRATEGY = "RUNAI_STREAMER_FS_STRATEGY"
 
 # How long the engine's thread may take from having ended the engine to being gone: microseconds, if it is scheduled.
 _THREAD_EXIT_S = 1.0
@@ -127,7 +131,7 @@ class RunaiSource(Source):
             return
         check_key(object.key, uri=self.uri)
         async with self._operations.running():
-            path = None if loan.nbytes < self._small_view_bytes * len(loan.views) else await self._path(object.key)
+            path = await self._path(object.key) if self._engine_reads(object, loan) else None
             if path is None:
                 await self._own.read(object, start, end, loan)
                 return
@@ -186,6 +190,10 @@ class RunaiSource(Source):
         await self._versions.check(object)
         self.paths["by Run:ai's engine"] = self.paths.get("by Run:ai's engine", 0) + loan.nbytes
 
+    def _engine_reads(self, object: SourceObject, loan: Loan) -> bool:
+        """Whether a read is one for the engine."""
+        return loan.nbytes >= self._small_view_bytes * len(loan.views)
+
     async def _setup(self) -> Setup:
         """What the engine must be started with."""
         raise NotImplementedError
@@ -199,17 +207,32 @@ class RunaiSource(Source):
 
 
 class RunaiFileSource(RunaiSource):
-    """Files; see `RunaiSource`."""
+    """Files; see `RunaiSource`. Those that are in the page cache are read by our own source."""
 
     request_cost_bytes: ClassVar[int] = LocalSource.request_cost_bytes
     read_bytes: ClassVar[int] = 8 << 20
     # The engine's own threads are more; so many reads keep them busy while answers are passed on.
     concurrency: ClassVar[int] = 8
     # Past the page cache the engine can only read where a byte's address and its offset differ by whole blocks. That is
-    # what it is chosen for: files read for the first time come fastest so, cached ones do not (see docs/runai.md).
+    # what it is chosen for: files read for the first time come fastest so.
     congruence_bytes: ClassVar[int] = 4096
 
     _own: LocalSource
+
+    def __init__(self, uri: str, own: LocalSource, **arguments: Any) -> None:
+        super().__init__(uri, own, **arguments)
+        self._cached: frozenset[str] = frozenset()
+
+    async def list(self) -> list[SourceObject]:
+        objects = await super().list()
+        # Past the page cache these would come several times slower than out of it. Whoever has said how the engine is
+        # to read files wants it to.
+        if _FILE_STRATEGY not in os.environ:
+            self._cached = await self._own.find_cached(objects)
+        return objects
+
+    def _engine_reads(self, object: SourceObject, loan: Loan) -> bool:
+        return object.key not in self._cached and super()._engine_reads(object, loan)
 
     async def _setup(self) -> Setup:
         return Setup.of("file", self._settings, concurrency=self._workers)

@@ -43,7 +43,11 @@ from tests.servers import S3Bucket
 # It depends on torch itself.
 pytestmark = pytest.mark.torch
 
+
 MIB = 1 << 20
+
+# What the engine does where nobody says anything.
+_FILE_STRATEGY = "io_uring_direct,libaio_direct,sync_buffered"
 _KEY = "model.safetensors"
 _CONTENT = os.urandom(12 * MIB)
 
@@ -153,6 +157,12 @@ class TestWhichSource:
             open_source("ftp://host/x", source="runai")
 
 
+@pytest.fixture(autouse=True)
+def _files_are_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test has just written is in the page cache, where our own source would read it."""
+    monkeypatch.setenv("RUNAI_STREAMER_FS_STRATEGY", _FILE_STRATEGY)
+
+
 class TestLoads:
     """One checkpoint, the same tensors from wherever the engine reads it."""
 
@@ -170,6 +180,20 @@ class TestLoads:
     def test_files(self, folder: Path) -> None:
         self._check(folder, f"runai+file://{folder}")
         self._check(folder, str(folder), source="runai", concurrency=2, memory_bytes=4 * MIB)
+
+    def test_files_in_the_page_cache_are_read_by_our_own_source(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("RUNAI_STREAMER_FS_STRATEGY")
+        for file in folder.iterdir():
+            file.read_bytes()
+        with streamload.stream(f"runai+file://{folder}", read_bytes=MIB) as stream:
+            found = dict(stream)
+        expected = read_with_safetensors(folder)
+        assert found.keys() == expected.keys()
+        assert all(same_tensor(found[name], expected[name]) for name in expected)
+        assert stream.report.paths == {}
+        assert _engine_threads() == []
 
     def test_s3(self, folder: Path, s3_bucket: S3Bucket, proxy: FaultProxy) -> None:
         for file in folder.iterdir():
@@ -577,6 +601,7 @@ class TestSettings:
             "RUNAI_STREAMER_FS_QUEUE_DEPTH": "5",
             "RUNAI_STREAMER_CHUNK_BYTESIZE": str(4 * MIB),
             "RUNAI_STREAMER_FS_CHUNK_BYTESIZE": str(4 * MIB),
+            "RUNAI_STREAMER_FS_STRATEGY": _FILE_STRATEGY,
         }
         assert dict(os.environ) == before
 

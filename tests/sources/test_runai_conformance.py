@@ -16,6 +16,12 @@ from tests.sources import test_conformance
 pytestmark = pytest.mark.torch
 
 
+@pytest.fixture(autouse=True)
+def _files_are_the_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test has just written is in the page cache, where our own source would read it."""
+    monkeypatch.setenv("RUNAI_STREAMER_FS_STRATEGY", "io_uring_direct,libaio_direct,sync_buffered")
+
+
 class TestRunaiFiles(test_conformance.TestLocalFolder):
     """With every read made by the engine, the smallest too."""
 

@@ -38,7 +38,7 @@ _NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench", "engines")
 _INSTALLED = {"streamload", "streamload_command.py"}
 
 # What needs more than Python packages is tested elsewhere.
-_HERE = "not gpu and not root and not cloud"
+_HERE = "not gpu and not root and not cloud and not image"
 
 _TIME_THE_IMPORT = """
 import time

@@ -2,11 +2,13 @@
 #
 #   make demo        serve a sample checkpoint from a local S3 server and stream it back
 #   make test        lint, types, tests: whatever needs no root, no GPU and nothing but Python packages
-#   make test-all    the same, then the built wheel in environments of its own, the demo, root-test and cloud-test
+#   make test-all    the same, then the built wheel in environments of its own, the demo, root-test, cloud-test and
+#                    image-test
 #   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
 #   make vllm-test   checkpoints that streamload and a real vLLM exchange, in an environment of its own: x86-64, 2 GB
 #
 #   make cloud-test  the tests of gs:// and az://, against emulators; needs root, and npm for one of them
+#   make image-test  builds the Dockerfile's image `init` and runs it as a kubelet would; needs root and Debian 12
 #
 #   make bench       streamload beside its nearest peers, in ten minutes at most; results in build/bench/quick.json
 #   make bench-full  all peers, in ninety at most; goes on where it was interrupted; results in build/bench/full.json
@@ -60,7 +62,7 @@ types: $(INSTALLED)
 
 .PHONY: pytest
 pytest: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto -m 'not gpu and not root and not cloud'
+	$(BIN)/python -m pytest -n auto -m 'not gpu and not root and not cloud and not image'
 
 # One after the other even under make -j: the output stays readable, and the cheap checks fail first.
 .PHONY: test
@@ -95,6 +97,7 @@ test-more: $(INSTALLED)
 	$(MAKE) --no-print-directory demo
 	$(MAKE) --no-print-directory root-test
 	$(MAKE) --no-print-directory cloud-test
+	$(MAKE) --no-print-directory image-test
 
 .PHONY: test-all
 test-all: $(INSTALLED)
@@ -125,6 +128,14 @@ cloud-test: $(VENV)/.cloud $(AZURITE)
 	@test "$$(id -u)" = 0 || { echo 'make cloud-test needs root' >&2; exit 1; }
 	$(BIN)/python -m pytest -m cloud tests/cloud/test_gs.py
 	$(BIN)/python -m pytest -m cloud tests/cloud/test_az.py
+
+# No registry is asked for a base image: debootstrap makes a stand-in, build/image keeps it.
+OF_IMAGES := buildah debootstrap podman runc
+.PHONY: image-test
+image-test: $(INSTALLED)
+	@test "$$(id -u)" = 0 || { echo 'make image-test needs root' >&2; exit 1; }
+	@dpkg-query --show $(OF_IMAGES) >/dev/null 2>&1 || { apt-get update -qq && apt-get install -qq --no-install-recommends $(OF_IMAGES); }
+	$(BIN)/python -m pytest -m image tests/image
 
 # Of a Debian; elsewhere the scenarios that need the server say so.
 NGINX := command -v nginx >/dev/null || { apt-get update -qq && apt-get install -qq nginx-light libnginx-mod-http-js iproute2; }

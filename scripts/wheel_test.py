@@ -30,15 +30,15 @@ _IMPORT_TRIES = 7
 
 # What the tests need beside themselves.
 _TEST_FILES = ("tests", "examples", "README.md", "pyproject.toml")
-# The benchmarks' own tests stay out, as the benchmarks do: no wheel has them. So do those beside engines, which need
-# what is not installed here.
-_NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench", "engines")
+# The tests of what no wheel has stay out: of the benchmarks, the image and deploy/. So do those beside engines, which
+# need what is not installed here.
+_NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench", "deploy", "engines", "image")
 
 # What the wheel puts beside other packages: the package, and what its program begins with.
 _INSTALLED = {"streamload", "streamload_command.py"}
 
 # What needs more than Python packages is tested elsewhere.
-_HERE = "not gpu and not root and not cloud"
+_HERE = "not gpu and not root and not cloud and not image"
 
 _TIME_THE_IMPORT = """
 import time

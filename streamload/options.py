@@ -31,6 +31,7 @@ __all__ = [
     "parse_globs",
     "proxies",
     "resolve",
+    "variables",
 ]
 
 Order: TypeAlias = Literal["completion", "file"]
@@ -410,6 +411,12 @@ def from_environment(
                 shown = "" if name in _HIDDEN else f"={text!r}"
                 raise OptionError(f"{variable}{shown}: {error}") from error
     return values
+
+
+def variables(names: Iterable[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Those of some variables that are set and not empty; for names that are somebody else's, and not options."""
+    environment = os.environ if environment is None else environment
+    return {name: value for name in names if (value := environment.get(name))}
 
 
 def proxies(environment: Mapping[str, str] | None = None) -> dict[str, str]:

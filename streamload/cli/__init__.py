@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import streamload
 from streamload.cli import arguments, console, doctor, inspect, load, manifest, shard, stage, verify
@@ -65,8 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None, signals: Signals) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
         given = _parser().parse_args(argv)
+    except _WrongUse as wrong:
+        if argv[:1] == ["stage"]:
+            stage.leave_last_words(argv, str(wrong))
+        wrong.parser.print_usage(sys.stderr)
+        console.complain(f"error: {wrong}", program=wrong.parser.prog)
+        return 2
     except SystemExit as end:  # argparse has said what there is to say
         console.flush()
         return end.code if isinstance(end.code, int) else 2
@@ -81,8 +89,23 @@ def _run(argv: Sequence[str] | None, signals: Signals) -> int:
         return 2 if isinstance(error, streamload.OptionError) else 1
 
 
+class _WrongUse(Exception):
+    """Arguments without meaning; its text says why, without credentials: they may have come in a URI."""
+
+    def __init__(self, parser: argparse.ArgumentParser, message: str) -> None:
+        super().__init__(str(streamload.OptionError(message)))
+        self.parser = parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves it to `_run` to say what is wrong, which may have to be said in more than one place."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _WrongUse(self, message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="streamload",
         description="Streams safetensors checkpoints from object stores, the Hub, web servers and disks\n"
         "into host or GPU memory.",

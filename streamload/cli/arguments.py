@@ -208,7 +208,7 @@ def add_staging(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--verify",
         choices=("auto", "off", "require"),
-        help="compare with a manifest and the source's checksums, do not, or fail where something has neither",
+        help="compare with a manifest and the source's checksums, do not, or fail where weights have neither",
     )
     group.add_argument(
         "--on-conflict",

@@ -69,9 +69,9 @@ def speak_json(yes: bool) -> None:
     _json = yes
 
 
-def complain(text: str) -> None:
+def complain(text: str, *, program: str = "streamload") -> None:
     """Write one line to stderr."""
-    line = _json_line("error", text) if _json else f"streamload: {printable(text)}"
+    line = _json_line("error", text) if _json else f"{program}: {printable(text)}"
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:

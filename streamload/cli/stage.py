@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import streamload
@@ -16,7 +16,7 @@ from streamload.cli.signals import Signals, Stopped
 from streamload.options import from_environment
 from streamload.units import format_bytes, format_count, format_seconds
 
-__all__ = ["SUMMARY", "configure", "run"]
+__all__ = ["SUMMARY", "configure", "leave_last_words", "run"]
 
 SUMMARY = "copy a checkpoint's files onto a volume, verified and marked as whole: the init hook"
 
@@ -134,15 +134,34 @@ def _last_words(path: str | None, signals: Signals) -> Iterator[None]:
         yield
     except (streamload.StreamloadError, Stopped) as error:
         text = f"stopped by {signals.name}; what has landed is kept" if isinstance(error, Stopped) else str(error)
-        where = path if path is not None else _TERMINATION_LOG
-        # By default it is only written to, never made: elsewhere than in a pod nobody looks for it.
-        if path is not None or os.path.isfile(where):
-            try:
-                with open(where, "wb") as file:
-                    file.write(console.printable(text).encode("utf-8", "backslashreplace")[:_TERMINATION_BYTES])
-            except OSError as problem:
-                console.complain(f"the termination log {where} cannot be written: {problem.strerror}")
+        _write_last_words(path, text)
         raise
+
+
+def leave_last_words(argv: Sequence[str], text: str) -> None:
+    """Write to the termination log why the command's arguments make no sense.
+
+    Args:
+        argv: All arguments; whatever else is wrong with them, they may say where that log is.
+        text: Why, in one line.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--termination-log")
+    path = None
+    with suppress(argparse.ArgumentError):
+        path = finder.parse_known_args(argv)[0].termination_log
+    _write_last_words(path or from_environment(_FROM_ENVIRONMENT, prefix="STAGE_").get("termination_log"), text)
+
+
+def _write_last_words(path: str | None, text: str) -> None:
+    where = path if path is not None else _TERMINATION_LOG
+    # By default it is only written to, never made: elsewhere than in a pod nobody looks for it.
+    if path is not None or os.path.isfile(where):
+        try:
+            with open(where, "wb") as file:
+                file.write(console.printable(text).encode("utf-8", "backslashreplace")[:_TERMINATION_BYTES])
+        except OSError as problem:
+            console.complain(f"the termination log {where} cannot be written: {problem.strerror}")
 
 
 def _lines(staged: streamload.Staged) -> Iterator[str]:

@@ -34,6 +34,7 @@ _BUILT_IN = {
 _WHOEVER_TAKES_THEM = {
     "http_headers",
     "s3_anonymous",
+    "s3_settings",
     "runai_chunk_bytes",
     "runai_request_timeout_s",
     "runai_virtual_addressing",

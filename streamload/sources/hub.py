@@ -42,9 +42,9 @@ _log = logging.getLogger("streamload.sources")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 
 _URI = re.compile(
-    rf"(?P<repository>{_NAME}/{_NAME}|{_NAME}(?=@|$))"
-    # These two kinds of revisions have slashes, which nobody escapes.
-    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?"
+    rf"(?P<repository>{_NAME}/{_NAME}|{_NAME}(?=[@:]|$))"
+    # These two kinds of revisions have slashes, which nobody escapes. The colon is KServe's way to write it.
+    r"(?:[@:](?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+))?"
     r"(?:/(?P<path>.*))?",
     re.DOTALL,
 )

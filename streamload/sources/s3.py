@@ -23,6 +23,7 @@ from streamload.loan import Loan
 from streamload.sources.base import Source, SourceObject
 from streamload.sources.keys import check_key
 from streamload.sources.operations import Operations
+from streamload.sources.s3_settings import S3Settings
 from streamload.sources.writer import ViewWriter
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class S3Source(Source):
         uri: The URI, taken literally: ``%`` and ``+`` have no meaning in it, nor has any other ``?``.
         concurrency: How many reads should be possible at once; by default, the class's `most_concurrency`.
         s3_anonymous: Whether to ask without credentials, and not to look for any.
+        s3_settings: What counts more than what AWS tools would find.
         connect_timeout_s: How long making a connection may take: two lost packets are mended after 3 s.
         read_timeout_s: How long a connection may be silent. S3 sends the first byte within a second nearly always; a
             store that fetches from a slower one takes longer.
@@ -108,6 +110,7 @@ class S3Source(Source):
         *,
         concurrency: int | None = None,
         s3_anonymous: bool = False,
+        s3_settings: S3Settings | None = None,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 20.0,
     ) -> None:
@@ -115,7 +118,8 @@ class S3Source(Source):
         self._place = place_of(uri)
         self.companions = not self._place.versions
         self._connections = (concurrency or self.most_concurrency or self.concurrency) + _SPARE_CONNECTIONS
-        self._anonymous = s3_anonymous
+        self._settings = S3Settings() if s3_settings is None else s3_settings
+        self._anonymous = s3_anonymous or self._settings.anonymous
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._operations = Operations()
@@ -267,6 +271,7 @@ class S3Source(Source):
                         connections=self._connections,
                         connect_timeout_s=self._connect_timeout_s,
                         read_timeout_s=self._read_timeout_s,
+                        settings=self._settings,
                     )
                     self._client = await S3Client.open(asked, count=self._count)
         return self._client

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from aiobotocore.config import AioConfig
@@ -34,6 +34,7 @@ from streamload.sources.s3_errors import (
     other_tag,
     translate_s3_error,
 )
+from streamload.sources.s3_settings import S3Settings
 from streamload.sources.s3_signing import ServerClock, Signer
 from streamload.sources.s3_wire import S3Wire
 from streamload.uris import scrub_uri
@@ -75,6 +76,7 @@ class Asked:
         connections: How many connections there may be at once.
         connect_timeout_s: How long making one may take, in seconds.
         read_timeout_s: How long it may be silent, in seconds.
+        settings: What counts more than what AWS tools would find.
     """
 
     bucket: str
@@ -84,6 +86,7 @@ class Asked:
     connections: int
     connect_timeout_s: float
     read_timeout_s: float
+    settings: S3Settings = field(default_factory=S3Settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +375,7 @@ class _Session:
     @classmethod
     async def open(cls, asked: Asked, clock: ServerClock, lanes: Lanes, sent: Callable[[str], None]) -> Self:
         """Find credentials; nothing that an older session has read is used again."""
+        settings = asked.settings
         config = AioConfig(
             # The pipeline retries, and knows from which byte on.
             retries={"total_max_attempts": 1, "mode": "standard"},
@@ -383,18 +387,29 @@ class _Session:
             user_agent_extra="streamload",
             http_session_cls=BoundedSession,
             **({"signature_version": UNSIGNED} if asked.anonymous else {}),
+            **({"s3": {"addressing_style": "virtual"}} if settings.virtual else {}),
         )
         try:
             session = get_session(_VARIABLES)
             session.register_component("data_loader", _models(session.get_config_variable("data_path")))
             session.register_component("response_parser_factory", StrictParsers())
+            for name, value in (("region", settings.region), ("ca_bundle", settings.ca_bundle)):
+                if value is not None:
+                    session.set_config_variable(name, value)
+            if settings.access_key_id is not None and settings.secret_access_key is not None:
+                session.set_credentials(settings.access_key_id, settings.secret_access_key)
             credentials = None if asked.anonymous else await _find_credentials(session)
+            # What aiobotocore and we go by: False, a file, or None for the usual certificates.
+            verify: str | Literal[False] | None = False
+            if settings.verify_tls:
+                verify = session.get_config_variable("ca_bundle") or None
+            creating = session.create_client("s3", config=config, endpoint_url=settings.endpoint_url, verify=verify)
             async with AsyncExitStack() as opening:
                 with _no_garbage_collected():
-                    client = await opening.enter_async_context(session.create_client("s3", config=config))
+                    client = await opening.enter_async_context(creating)
                 # To read it takes 50 ms.
-                if urlsplit(client.meta.endpoint_url).scheme == "https":
-                    _check_ca_bundle(session)
+                if verify and urlsplit(client.meta.endpoint_url).scheme == "https":
+                    _check_ca_bundle(verify)
                 stack = opening.pop_all()
         except FOREIGN_ERRORS as error:
             if isinstance(error, SourceError):
@@ -408,7 +423,7 @@ class _Session:
             None if credentials is None else Signer(client, credentials, clock),
             asked.bucket,
             lanes,
-            verify=session.get_config_variable("ca_bundle"),
+            verify=verify,
             count=sent,
         )
         client.meta.events.register("before-parameter-build.s3", opened._complete)
@@ -533,12 +548,10 @@ async def _find_credentials(session: AioSession) -> Any:
     return credentials
 
 
-def _check_ca_bundle(session: AioSession) -> None:
+def _check_ca_bundle(path: str) -> None:
     """A bundle that is not there, or is none, would show as a connection that breaks, again and again."""
-    bundle = session.get_config_variable("ca_bundle")
-    if bundle:
-        try:
-            ssl.create_default_context(cafile=bundle)
-        except OSError as error:  # ssl.SSLError is one, too
-            cause = error.strerror or error
-            raise SourceError(f"the CA bundle {bundle!r} that the AWS configuration names is none: {cause}") from None
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:  # ssl.SSLError is one, too
+        cause = error.strerror or error
+        raise SourceError(f"the CA bundle {path!r} that the AWS configuration names is none: {cause}") from None

@@ -6,7 +6,7 @@ import ssl
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import SplitResult, urlsplit
 
 from botocore.awsrequest import AWSPreparedRequest, AWSRequest
@@ -80,7 +80,7 @@ class S3Wire:
         signer: Signs requests; None where none is signed.
         bucket: The bucket.
         lanes: Whose connections are used.
-        verify: The CA bundle's path, or None for the usual one.
+        verify: The CA bundle's path, None for the usual one, or False where any certificate will do.
         count: Called with the URL whenever a request is sent.
     """
 
@@ -91,7 +91,7 @@ class S3Wire:
         bucket: str,
         lanes: Lanes,
         *,
-        verify: str | None,
+        verify: str | Literal[False] | None,
         count: Callable[[str], None],
     ) -> None:
         self._client = client
@@ -205,6 +205,9 @@ class S3Wire:
         if self._context is None:
             try:
                 self._context = ssl.create_default_context(cafile=self._verify or get_cert_path(True))
+                if self._verify is False:
+                    self._context.check_hostname = False
+                    self._context.verify_mode = ssl.CERT_NONE
             except OSError as error:
                 raise SourceError(f"the CA bundle {self._verify!r} cannot be read: {error}") from None
         return self._context

@@ -17,6 +17,7 @@ __all__ = [
     "choose",
     "identity",
     "is_unfinished",
+    "is_weights",
     "unfinished_name",
     "version_digest",
     "version_name",
@@ -86,6 +87,11 @@ def is_unfinished(key: str) -> bool:
     """Whether a file is called as unfinished ones are."""
     name = key.rpartition("/")[2]
     return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
+
+
+def is_weights(key: str) -> bool:
+    """Whether a file holds weights, in any format; the others are small, and describe them."""
+    return key.endswith(_WEIGHTS) or _matches(key, _OTHER_FORMATS)
 
 
 def identity(uri: str, object: SourceObject) -> str:

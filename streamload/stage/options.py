@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from streamload.errors import OptionError
 from streamload.events import OnEvent, OnProgress
 from streamload.options import Concurrency, Verify, from_environment, parse_globs
+from streamload.sources.s3_settings import S3Settings
+from streamload.stage.kserve import s3_settings
 from streamload.units import parse_bytes
 
 __all__ = ["Offline", "OnConflict", "StageArguments", "StageOptions"]
@@ -32,6 +34,7 @@ class StageOptions:
         cache: A folder that holds versions side by side; the folder that is staged into becomes a link to one of them.
         keep_bytes: Versions in the cache that were not used for the longest time are removed beyond so many bytes.
         keep_s: None that was used less than so many seconds ago.
+        s3: What S3 is told beyond what AWS tools would find.
     """
 
     include: tuple[str, ...] = ()
@@ -41,6 +44,7 @@ class StageOptions:
     cache: str | None = None
     keep_bytes: int | None = None
     keep_s: float = 3600.0
+    s3: S3Settings = field(default_factory=S3Settings)
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude"):
@@ -61,12 +65,12 @@ class StageOptions:
 
     @classmethod
     def resolve(cls, given: dict[str, Any]) -> StageOptions:
-        """Put together what the caller gave, what ``STREAMLOAD_STAGE_…`` variables say, and the defaults.
+        """Put together what the caller gave, what ``STREAMLOAD_STAGE_…`` variables and KServe say, and the defaults.
 
         Raises:
             OptionError: A value without meaning.
         """
-        return cls(**{**from_environment(_FROM_ENVIRONMENT, prefix="STAGE_"), **given})
+        return cls(**{"s3": s3_settings(), **from_environment(_FROM_ENVIRONMENT, prefix="STAGE_"), **given})
 
 
 class StageArguments(TypedDict, total=False):
@@ -85,6 +89,9 @@ class StageArguments(TypedDict, total=False):
     max_bytes_per_s: float | None
     deadline_s: float | None
     verify: Verify
+    source: str | None
+    s3_anonymous: bool
+    http_headers: Mapping[str, str]
     progress: bool | OnProgress
     on_event: OnEvent | None
 

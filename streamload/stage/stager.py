@@ -50,6 +50,7 @@ from streamload.stage.names import (
     LOCK_NAME,
     USE_NAME,
     is_unfinished,
+    is_weights,
     unfinished_name,
     version_name,
 )
@@ -111,7 +112,8 @@ class Stager:
         self._reading = reading
         self._memory_bytes = reading.memory_bytes
         number = None if reading.concurrency == "auto" else reading.concurrency
-        self.source: Source = open_source(uri, concurrency=number)
+        of_source = {"s3_settings": options.s3, **reading.for_source()}
+        self.source: Source = open_source(uri, source=reading.source, concurrency=number, **of_source)
         self.recorder = Recorder(self.uri, "none", self._memory_bytes, on_event=reading.on_event)
         self.recorder.source = self.source.scheme
         self.recorder.count_requests(lambda: self.source.requests)
@@ -427,7 +429,7 @@ class Stager:
         kept, said = asking.result(), finding.result()
         for file in files:
             key = file.object.key
-            file.check = check_for(file.object, said.get(key), kept[key], required=required)
+            file.check = check_for(file.object, said.get(key), kept[key], required=required and is_weights(key))
 
     async def _make_room(self, files: list[FileState]) -> None:
         """See that there is room before the first byte.

@@ -98,6 +98,36 @@ class TestLastWords:
         assert str(tmp_path / "missing") in line
         assert "No such file" in line
 
+    @pytest.mark.parametrize("told", ["argument", "variable", "default"])
+    def test_arguments_without_meaning(
+        self, cli: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+    ) -> None:
+        words = tmp_path / "words"
+        given: list[object] = ["s3://key:secret@models/llama", "--keep-bytes", "plenty"]
+        if told == "argument":
+            given = ["--termination-log", words, *given]
+        elif told == "variable":
+            monkeypatch.setenv("STREAMLOAD_STAGE_TERMINATION_LOG", str(words))
+        else:
+            monkeypatch.setattr(stage, "_TERMINATION_LOG", str(words))
+            words.touch()
+        assert cli("stage", *given).code == 2
+        (line,) = words.read_text().splitlines()
+        assert "--keep-bytes: 'plenty' is not a number of bytes" in line
+        done = cli("stage", "a", "b", "--no-such-option", *given[:-2])
+        (line,) = words.read_text().splitlines()
+        assert done.err.splitlines()[-1] == f"streamload: error: {line}"
+        assert "unrecognized arguments: --no-such-option" in line
+        assert "secret" not in line
+
+    def test_a_missing_file_name_is_told_elsewhere(
+        self, cli: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        words = tmp_path / "words"
+        monkeypatch.setenv("STREAMLOAD_STAGE_TERMINATION_LOG", str(words))
+        assert cli("stage", "a", "b", "--termination-log").code == 2
+        assert words.read_text() == "argument --termination-log: expected one argument"
+
     def test_no_credential(self, cli: Program, tmp_path: Path) -> None:
         words = tmp_path / "words"
         done = cli("stage", "s3://AKIAIOSFODNN7EXAMPLE:wJalr/EXAMPLEKEY@models/llama", "x", "--termination-log", words)

@@ -87,6 +87,7 @@ class TestRevisions:
         ("uri", "revision"),
         [
             ("hf://org/model@v1", None),
+            ("hf://org/model:v1", None),
             ("hf://org/model", "v1"),
             ("hf://org/model@v1", "v1"),
             ("hf://org/model@feature%2Fx", None),

@@ -8,6 +8,7 @@ import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from streamload.errors import CredentialsError, SourceError, TransientError
 from streamload.loan import Loan
 from streamload.sources import SourceObject
 from streamload.sources.s3 import S3Source
+from streamload.sources.s3_settings import S3Settings
 from streamload.testing import run_on_each_loop
 from tests.servers import Answer, S3Bucket, run_tunnels, serve, serve_by
 from tests.wire.server import ca_file, server_tls, until
@@ -147,6 +149,29 @@ def test_only_the_authority_that_is_named_counts(keys: pytest.MonkeyPatch, path:
         await until(lambda: len(asyncio.all_tasks()) == 1)
 
     run_on_each_loop(body)
+
+
+def test_what_is_set_for_one_source(keys: pytest.MonkeyPatch, path: str, authority: str) -> None:
+    """It counts more than what is found: the endpoint that is found answers nothing, and the keys are not asked for."""
+    keys.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    keys.setenv("AWS_CA_BUNDLE", "/missing.pem")
+
+    async def body() -> None:
+        async with serve_by(_store, tls=server_tls()) as server:
+            there = S3Settings(endpoint_url=server.endpoint, access_key_id="ours", secret_access_key="s", region="mars")
+            for settings in (replace(there, ca_bundle=authority), replace(there, verify_tls=False)):
+                async with S3Source("s3://bucket/llama", s3_settings=settings) as source:
+                    assert await source.list() == [_OBJECT]
+                    assert await _read(source) == _GOOD.body
+            assert all("Credential=ours/" in head and "/mars/s3/" in head for head in server.requests)
+            server.requests.clear()
+            unsigned = replace(there, verify_tls=False, anonymous=True)
+            async with S3Source("s3://bucket/llama", s3_settings=unsigned) as source:
+                assert await source.list() == [_OBJECT]
+            assert all("Credential=" not in head for head in server.requests)
+
+    run_on_each_loop(body)
+    assert "ours" not in repr(S3Settings(access_key_id="ours", secret_access_key="ours"))
 
 
 def test_a_file_of_authorities_that_is_none(keys: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -330,6 +355,7 @@ def test_a_service_account_without_its_token(clean_aws_env: pytest.MonkeyPatch, 
         ("", "path", "models", "https://s3.eu-west-1.amazonaws.com/models/llama/a"),
         ("http://store.test:9000", "", "models", "http://store.test:9000/models/llama/a"),
         ("http://store.test:9000", "virtual", "models", "http://models.store.test:9000/llama/a"),
+        ("http://store.test:9000", "as set", "models", "http://models.store.test:9000/llama/a"),
         ("https://store.test/base", "path", "models", "https://store.test/base/models/llama/a"),
     ],
 )
@@ -341,7 +367,8 @@ def test_where_a_bucket_is(
     if endpoint:
         keys.setenv("AWS_ENDPOINT_URL", endpoint)
     config = tmp_path / "config"
-    config.write_text(f"[default]\ns3 =\n  addressing_style = {style}\n" if style else "")
+    as_set = style == "as set"
+    config.write_text("" if as_set or not style else f"[default]\ns3 =\n  addressing_style = {style}\n")
     keys.setenv("AWS_CONFIG_FILE", str(config))
     asked: list[str] = []
 
@@ -362,7 +389,7 @@ def test_where_a_bucket_is(
     keys.setattr("streamload.wire.Pool.ask", ask)
 
     async def body() -> None:
-        async with S3Source(f"s3://{bucket}/llama") as source:
+        async with S3Source(f"s3://{bucket}/llama", s3_settings=S3Settings(virtual=as_set)) as source:
             for call in (lambda: source.stat("a"), lambda: _read(source)):
                 with pytest.raises(Sent):
                     await call()

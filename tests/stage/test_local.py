@@ -123,12 +123,18 @@ class TestStaged:
         assert streamload.verify(source, progress=False).ok
 
     def test_what_has_to_be_verified(self, source: Path, folder: Path) -> None:
+        """Weights; nothing can vouch for the small files beside them on a disk."""
         with pytest.raises(ChecksumError, match=r"verify is 'require'"):
             _stage(source, folder, verify="require")
         assert names(folder) == set()
         (source / "consolidated.safetensors").unlink()
         streamload.write_manifest(source)
         assert _stage(source, folder, verify="require", include=["*.safetensors"]).unverified == {}
+        staged = _stage(source, folder, verify="require")
+        small = [path for path in folder.iterdir() if path.suffix != ".safetensors" and path.name in names(source)]
+        assert sum(staged.unverified.values()) == sum(path.stat().st_size for path in small)
+        with pytest.raises(ChecksumError, match=r"verify is 'require'.*pytorch_model|pytorch_model.*require"):
+            _stage(source, folder, verify="require", include=["*.bin"])
 
     def test_memory_stays_within_its_limit(self, source: Path, folder: Path) -> None:
         staged = _stage(source, folder, memory_bytes=1 << 20, read_bytes=1 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import streamload
-from streamload.errors import ChecksumError, TransientError
+from streamload.errors import ChecksumError, CredentialsError, TransientError
 from streamload.pipeline import fetch
 from streamload.pipeline.policy import RetryPolicy
 from streamload.stage.names import unfinished_name
@@ -114,6 +115,24 @@ def test_a_bit_that_flipped_is_read_again(proxied: Proxied, source: Path, tmp_pa
         staged = proxied.stage(folder)
     assert staged.fetched_bytes >= (source / FIRST).stat().st_size
     assert same(source, folder)
+
+
+@pytest.mark.parametrize("told", ["option", "variable", "as KServe does"])
+def test_a_public_bucket(bucket: S3Bucket, clean_aws_env: pytest.MonkeyPatch, tmp_path: Path, told: str) -> None:
+    statement = {"Effect": "Allow", "Principal": "*", "Action": "*", "Resource": f"arn:aws:s3:::{bucket.name}*"}
+    bucket.client.delete_public_access_block(Bucket=bucket.name)
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    bucket.client.put_bucket_policy(Bucket=bucket.name, Policy=policy)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        clean_aws_env.delenv(name)
+    with pytest.raises(CredentialsError):
+        streamload.stage_checkpoint(f"{bucket.uri}/m", tmp_path / "folder")
+    if told != "option":
+        clean_aws_env.setenv("STREAMLOAD_S3_ANONYMOUS" if told == "variable" else "awsAnonymousCredential", "true")
+        staged = streamload.stage_checkpoint(f"{bucket.uri}/m", tmp_path / "folder")
+    else:
+        staged = streamload.stage_checkpoint(f"{bucket.uri}/m", tmp_path / "folder", s3_anonymous=True)
+    assert staged.state == "staged"
 
 
 def test_out_of_reach(proxied: Proxied, source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``streamload inspect``, ``load``, ``shard``, ``stage``, ``manifest``, ``verify``, ``doctor``."""
+"""The command line: ``streamload inspect``, ``load``, ``shard``, ``stage``, ``serve``, ``manifest``, and more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import streamload
-from streamload.cli import arguments, console, doctor, inspect, load, manifest, shard, stage, verify
+from streamload.cli import arguments, console, doctor, inspect, load, manifest, serve, shard, stage, verify
 from streamload.cli.signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -28,6 +28,7 @@ _COMMANDS: dict[str, _Command] = {
     "load": load,
     "shard": shard,
     "stage": stage,
+    "serve": serve,
     "manifest": manifest,
     "verify": verify,
     "doctor": doctor,

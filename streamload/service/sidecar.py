@@ -104,8 +104,11 @@ class Sidecar:
 
     async def _keep_staging(self) -> None:
         pause_s = self._pause_s
-        while not await self._try():
+        while True:
+            # Before it can fail: who asks for another attempt may be faster than we are here.
             self._asked.clear()
+            if await self._try():
+                break
             try:
                 async with asyncio.timeout(pause_s if self.state == "failed" else None):
                     await self._asked.wait()
@@ -120,32 +123,33 @@ class Sidecar:
         self._attempts += 1
         self._cancelling = False
         self._attempt = asyncio.create_task(self._stage(), name=f"attempt {self._attempts}")
+        state: SidecarState = "staged"
         try:
             staged = await self._attempt
         except asyncio.CancelledError:
             if not self._cancelling:
                 raise
             _logger.info("%s: staging was cancelled; what has landed is kept", self._stager.uri)
-            self._set("cancelled")
+            state = "cancelled"
         except StreamloadError as error:
             if self.state == "stopping":
                 return False
             self.error = error
             self._failures[type(error).__name__] += 1
             _logger.error("staging failed, what has landed is kept: %s", error)
-            self._set("failed")
+            state = "failed"
         else:
             self.ready_s = time.monotonic() - self._began_s
             fields = {"files": staged.files, "nbytes": staged.nbytes, "ready_s": round(self.ready_s, 3)}
             fields |= {"fetched_bytes": staged.fetched_bytes, "requests": staged.requests, "retries": staged.retries}
             _logger.info("%s: all is staged into %s", staged.uri, staged.folder, extra={"fields": fields})
-            if self.state != "stopping":
-                self._set("staged")
-            return True
         finally:
             self._attempt = None
-        await self._stager.aclose()
-        return False
+        # Who reads needs none of its threads and connections any more, nor does the next attempt.
+        await (self._stager.settle() if state == "staged" else self._stager.aclose())
+        if self.state != "stopping":
+            self._set(state)
+        return state == "staged"
 
     async def _stage(self) -> Staged:
         stager, recorder = self._stager, self._stager.recorder

@@ -155,6 +155,11 @@ class Stager:
     ) -> None:
         await self.aclose()
 
+    async def settle(self) -> None:
+        """All is staged, and will only be read from here on: end the source and the threads, and keep the lock of use."""
+        await self.source.aclose()
+        await self._calls.aclose()
+
     async def aclose(self) -> None:
         """End everything: the source, the threads, the locks. May be called twice."""
         try:

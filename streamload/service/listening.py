@@ -74,7 +74,15 @@ class Listeners:
 
     def _runner(self, app: web.Application) -> web.AppRunner:
         # Who has gone away waits for nothing any more.
-        return web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_CLOSE_S, logger=_logger)
+        return web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=_CLOSE_S,
+            # How long it listens on to a body that it has refused, so that the answer is heard.
+            lingering_time=_CLOSE_S,
+            logger=_logger,
+        )
 
     async def _listen(self) -> None:
         os.makedirs(os.path.dirname(self._path), exist_ok=True)

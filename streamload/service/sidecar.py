@@ -71,6 +71,7 @@ class Sidecar:
         self._asked = asyncio.Event()
         self._changed = asyncio.Event()
         self._cancelling = False
+        self._closing = False  # an attempt is over, and what it has opened is not closed yet
         self._earlier: Counter[str] = Counter()
         self._earlier_errors: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
@@ -145,8 +146,10 @@ class Sidecar:
             _logger.info("%s: all is staged into %s", staged.uri, staged.folder, extra={"fields": fields})
         finally:
             self._attempt = None
+            self._closing = True
         # Who reads needs none of its threads and connections any more, nor does the next attempt.
         await (self._stager.settle() if state == "staged" else self._stager.aclose())
+        self._closing = False
         if self.state != "stopping":
             self._set(state)
         return state == "staged"
@@ -183,6 +186,8 @@ class Sidecar:
 
     async def start(self) -> None:
         """Begin another attempt where the last one has failed or was cancelled."""
+        if self._closing:
+            await self._changed.wait()
         if self.state in ("failed", "cancelled"):
             changed = self._changed
             self._asked.set()

@@ -156,7 +156,7 @@ class Stager:
         await self.aclose()
 
     async def settle(self) -> None:
-        """All is staged, and will only be read from here on: end the source and the threads, and keep the lock of use."""
+        """All is staged, and will only be read: end the source and the threads, and keep the lock on what is used."""
         await self.source.aclose()
         await self._calls.aclose()
 

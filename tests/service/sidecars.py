@@ -167,7 +167,9 @@ def running(
     source: object, folder: Path, *options: object, environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
     """``streamload serve`` with small reads, once its socket answers; killed in the end."""
-    arguments = ["serve", source, folder, "--read-bytes", PIECE, "--memory-bytes", "1MiB", "--log", "json", *options]
+    # More at once than a test holds back.
+    arguments = ["serve", source, folder, "--read-bytes", PIECE, "--memory-bytes", "1MiB", "--concurrency", 8]
+    arguments += ["--log", "json", *options]
     with program(*arguments, environment=environment) as process:
         sidecar = Running(process, folder / "streamload.sock")
         sidecar.until("serving on")

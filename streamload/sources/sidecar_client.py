@@ -78,18 +78,20 @@ class SidecarClient:
         while True:
             try:
                 status, answer = await self._request(method, path, body)
-            except PermissionError as error:
-                raise AccessError(
-                    f"its socket refuses: {error.strerror} (--socket-mode and --socket-group of streamload serve "
-                    "say who may ask)",
-                    uri=self._uri,
-                ) from error
             except (OSError, aiohttp.ClientError, TimeoutError) as error:
+                cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+                if isinstance(cause, PermissionError):
+                    raise AccessError(
+                        f"its socket refuses: {cause.strerror} (--socket-mode and --socket-group of streamload serve "
+                        "say who may ask)",
+                        uri=self._uri,
+                    ) from error
                 # It has not begun yet, or crashed, or hangs.
                 now = loop.time()
                 silent_since = now if silent_since is None else silent_since
                 if now - silent_since >= patience_s:
-                    raise self._nobody(error) from error
+                    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+                    raise SourceError(f"no sidecar answers: {text}", uri=self._uri) from error
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
             if status == 200:
@@ -130,8 +132,3 @@ class SidecarClient:
         if not isinstance(answer, dict) or len(content) > _MAX_ANSWER_BYTES:
             raise SourceError("what answers on this socket is no sidecar", uri=self._uri)
         return response.status, answer
-
-    def _nobody(self, error: Exception) -> SourceError:
-        cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-        text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-        return SourceError(f"no sidecar answers: {text}", uri=self._uri)

@@ -24,6 +24,8 @@ from tests.service.origins import Origin, origin_of, random_ranges
 from tests.service.sidecars import Running, ask, ask_port, connect, running
 from tests.stage.models import FIRST, SECOND
 
+pytestmark = pytest.mark.torch
+
 _CLIENTS = 200
 
 

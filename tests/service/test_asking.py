@@ -24,8 +24,6 @@ from tests.service.origins import Origin, origin_of, random_ranges
 from tests.service.sidecars import Running, ask, ask_port, connect, running
 from tests.stage.models import FIRST, SECOND
 
-pytestmark = pytest.mark.torch
-
 _CLIENTS = 200
 
 
@@ -216,6 +214,7 @@ def _metrics(port: int) -> dict[tuple[str, str], float]:
     }
 
 
+@pytest.mark.torch
 def test_a_failure_is_shown_and_mended(tmp_path: Path, volume: Path) -> None:
     source = tmp_path / "source"
     with running(source, volume, "--port", 0) as sidecar:
@@ -282,6 +281,7 @@ def test_a_port_that_is_taken(cli: Program, tmp_path: Path) -> None:
     assert "streamload.sock" not in os.listdir(tmp_path / "volume")
 
 
+@pytest.mark.torch
 def test_the_environment_alone(tmp_path: Path, origin: Origin) -> None:
     environment = {
         "STREAMLOAD_STAGE_URI": origin.uri,
@@ -299,6 +299,7 @@ def test_the_environment_alone(tmp_path: Path, origin: Origin) -> None:
         assert streamload.load(sidecar.uri).keys() == {"first", "second"}
 
 
+@pytest.mark.torch
 def test_a_version_that_is_served_is_not_evicted(tmp_path: Path, origin: Origin) -> None:
     cache = tmp_path / "cache"
 

@@ -17,9 +17,10 @@ import torch
 import streamload
 from streamload.errors import ChecksumError, ObjectChangedError, SourceError
 from tests.cli.programs import TIMEOUT_S
+from tests.servers import S3Bucket
 from tests.service.origins import Origin, origin_of
 from tests.service.sidecars import Running, ask, running
-from tests.stage.models import FIRST, PIECE, SECOND
+from tests.stage.models import FIRST, PIECE, SECOND, STAGED, source_of
 
 # Of each shard: ten pieces, and what is left for the header.
 _STARTS = [number * PIECE for number in range(11)]
@@ -180,6 +181,20 @@ class TestWhileItStages:
             assert origin.uri in str(failed.value)
             assert SECOND in str(failed.value)
             sidecar.until("staging failed")
+
+    def test_from_s3_and_verified_by_it(
+        self, s3_bucket: S3Bucket, tmp_path: Path, volume: Path, model: dict[str, torch.Tensor]
+    ) -> None:
+        source = source_of(tmp_path / "source")
+        for name in STAGED:
+            s3_bucket.put(name, (source / name).read_bytes())
+        with running(s3_bucket.uri, volume) as sidecar:
+            report = streamload.load_into(model, sidecar.uri)
+            _check(model, source)
+        # The sidecar has compared what the store keeps, and says so.
+        (by,) = report.verified
+        assert by.startswith("the sidecar: the store's ")
+        assert (report.verified[by], report.unverified) == (20 * PIECE, {})
 
 
 class TestKilled:

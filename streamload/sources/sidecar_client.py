@@ -12,10 +12,11 @@ import aiohttp
 from streamload.errors import AccessError, OptionError, SourceError
 from streamload.sources.sidecar_protocol import ASK_AGAIN_S, MAX_SOCKET_PATH_BYTES, error_from
 
-__all__ = ["SidecarClient", "socket_path"]
+__all__ = ["PATIENCE_S", "SidecarClient", "socket_path"]
 
-# A sidecar that has crashed is begun again at once, or after ten seconds the second time, twenty, forty.
 PATIENCE_S = 60.0
+"""A sidecar that has crashed is begun again at once, or after ten seconds the second time, twenty, forty."""
+
 # It takes half a second to begin.
 _LOOK_AGAIN_S = 0.05
 # Who hears nothing for three times as long as an answer takes at most asks one that hangs.

@@ -145,7 +145,7 @@ class Running:
     def until(self, message: str) -> dict[str, Any]:
         """Read its log up to the line that says this."""
         for text in self.process.stderr:
-            line = json.loads(text)
+            line: dict[str, Any] = json.loads(text)
             self.lines.append(line)
             if message in line["message"]:
                 return line

@@ -103,7 +103,7 @@ def test_nonsense(origin: Origin, volume: Path) -> None:
     with running(origin.uri, volume) as sidecar:
         sidecar.until("all is staged")
         version = ask(sidecar.socket, "GET", "/v1/objects").json["objects"][0]["version"]
-        file = {"key": FIRST, "version": version}
+        file: dict[str, object] = {"key": FIRST, "version": version}
         escapes = ["../source/config.json", "/etc/passwd", f"./{FIRST}", f"x/../{FIRST}", "", "a\0b", "READY", "\udc80"]
         before = _open_files(sidecar)
         for status, method, what, body in [
@@ -357,6 +357,7 @@ class TestSource:
         told = error_from(json.loads(json.dumps(error_to_json(error))), uri="sidecar:///s.sock")
         assert type(told) is NotFoundError
         assert str(told) == "sidecar:///s.sock, file, bytes 1-2: the sidecar could not stage s3://bucket: gone"
+        nonsense: object
         for nonsense in (None, [], {}, {"cause": 1}, {"kind": "exit", "cause": "x"}):
             assert type(error_from(nonsense, uri="sidecar:///s.sock")) is SourceError
         assert not error_from({"kind": "TransientError", "cause": "x"}, uri="sidecar:///s.sock").retryable

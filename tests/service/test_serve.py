@@ -69,7 +69,8 @@ def _check(model: dict[str, torch.Tensor], folder: Path) -> None:
 
 def _object(sidecar: Running, key: str) -> dict[str, Any]:
     objects = ask(sidecar.socket, "GET", "/v1/objects").json["objects"]
-    return {each["key"]: each for each in objects}[key]
+    found: dict[str, dict[str, Any]] = {each["key"]: each for each in objects}
+    return found[key]
 
 
 def _range(sidecar: Running, key: str, start: int, end: int, stamp: str | None = None) -> dict[str, Any]:

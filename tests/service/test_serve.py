@@ -234,6 +234,25 @@ class TestKilled:
             with running(origin.uri, volume), pytest.raises(ObjectChangedError, match="another version"):
                 loading.result(TIMEOUT_S)
 
+    def test_what_had_landed_and_is_wrong_now(self, origin: Origin, tmp_path: Path, volume: Path) -> None:
+        """What was read of it before gets no verdict, though it is right in the end."""
+        origin.hold(_late)
+        with running(origin.uri, volume) as sidecar:
+            origin.until_held()
+            asked = _range(sidecar, SECOND, 100, 200)
+            told = ask(sidecar.socket, "POST", "/v1/range", asked).json
+            sidecar.process.send_signal(signal.SIGKILL)
+            sidecar.ended()
+        with (volume / told["path"]).open("r+b") as file:
+            file.seek(150)
+            file.write(b"wrong")
+        origin.release()
+        with running(origin.uri, volume) as sidecar:
+            verdict = {"key": SECOND, "version": asked["version"]}
+            assert ask(sidecar.socket, "POST", "/v1/verdict", verdict).status == 200
+            assert ask(sidecar.socket, "POST", "/v1/verdict", verdict | {"stamp": told["stamp"]}).status == 409
+        assert (volume / SECOND).read_bytes() == (tmp_path / "source" / SECOND).read_bytes()
+
     def test_sigterm_while_clients_wait(self, origin: Origin, tmp_path: Path, volume: Path) -> None:
         origin.hold(lambda name, start: name == FIRST and start == 2 * PIECE)
         with _beside() as threads:

@@ -53,10 +53,10 @@ def _run(main: Callable[[], Awaitable[None]]) -> None:
 def test_what_has_failed_is_tried_again(tmp_path: Path) -> None:
     async def main() -> None:
         async with _running(str(tmp_path / "source"), tmp_path / "volume", pause_s=0.0) as sidecar:
-            while sidecar.state != "failed":
+            while sidecar.status()["state"] != "failed":
                 await sidecar.changed(TIMEOUT_S)
             source_of(tmp_path / "source")
-            while sidecar.state != "staged":
+            while sidecar.status()["state"] != "staged":
                 await sidecar.changed(TIMEOUT_S)
             status = sidecar.status()
             assert status["attempts"] > 1

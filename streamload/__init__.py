@@ -66,6 +66,8 @@ from streamload.plan import (
 )
 from streamload.report import Report
 from streamload.saving import SavedShards, save_sharded
+from streamload.service import ServeArguments
+from streamload.serving import serve_checkpoint
 from streamload.sharding import ShardedCheckpoint, shard
 from streamload.stage import StageArguments, Staged
 from streamload.staging import stage_checkpoint
@@ -118,6 +120,7 @@ __all__ = [
     "Replicate",
     "Report",
     "SavedShards",
+    "ServeArguments",
     "Shard",
     "ShardFile",
     "ShardedCheckpoint",
@@ -141,6 +144,7 @@ __all__ = [
     "load_into",
     "open",
     "save_sharded",
+    "serve_checkpoint",
     "shard",
     "stage_checkpoint",
     "stream",

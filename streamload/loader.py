@@ -253,6 +253,10 @@ class Load:
             )
             self.opened.set_result(planned.plan)
             await pipeline.run()
+            vouched = await source.conclude()
+            keys = [file.key for file in planned.plan.catalog.files]
+            if keys and all(key in vouched for key in keys):
+                recorder.vouched(" and ".join(dict.fromkeys(vouched[key] for key in keys)))
         finally:
             self.engine.ignore_cancel()
             await sink.aclose()

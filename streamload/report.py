@@ -194,6 +194,9 @@ class _Stopwatch:
 class Recorder:
     """Counts while a load runs. The engine's thread writes all of it, but for what the consumer took.
 
+    Its attributes are those of the report, and ``errors``: how many attempts failed and were made again, by the error's
+    kind.
+
     Args:
         uri: What is loaded.
         device: Where the tensors go.
@@ -222,6 +225,7 @@ class Recorder:
         self.nbytes = 0
         self.reads = 0
         self.retries = 0
+        self.errors: Counter[str] = Counter()
         self.round_trips = 0
         self._count_requests: Callable[[], int] = int
         self.paths: dict[str, int] = {}
@@ -328,6 +332,7 @@ class Recorder:
     def retried(self, error: StreamloadError, lane: str) -> None:
         """An attempt failed and will be made again."""
         self.retries += 1
+        self.errors[type(error).__name__] += 1
         _logger.info("retrying: %s", error)
         self.event("retry", lane, self.now(), object=error.object, start=error.start, end=error.end, detail=error.cause)
 
@@ -343,6 +348,13 @@ class Recorder:
     def unverified(self, nbytes: int, reason: str) -> None:
         """So many tensor bytes cannot be checked."""
         self._unverified[reason] += nbytes
+
+    def vouched(self, what: str) -> None:
+        """All bytes that nothing had vouched for were checked elsewhere."""
+        nbytes = sum(self._unverified.values())
+        self._unverified.clear()
+        if nbytes:
+            self._verified[what] += nbytes
 
     def took(self, nbytes: int) -> None:
         """The consumer took a tensor. Called on the consumer's thread."""

@@ -15,7 +15,7 @@ from streamload.progress import watch
 from streamload.stage import StageArguments, Staged, StageOptions, Stager
 from streamload.uris import scheme_of, scrub_uri
 
-__all__ = ["stage_checkpoint"]
+__all__ = ["folder_path", "process_began_s", "split_options", "stage_checkpoint"]
 
 # More memory than this brings nothing: it is only for what is on its way from the source to the volume.
 _MEMORY_DEFAULT_MOST = 256 << 20
@@ -46,12 +46,10 @@ def stage_checkpoint(
         ChecksumError: What came is not what the source or its manifest says.
         CheckpointError: The index or a manifest does not fit the files.
     """
-    given: dict[str, Any] = dict(options)
-    staging = StageOptions.resolve({name: given.pop(name) for name in list(given) if name in _OF_STAGING})
-    reading = _reading(given)
+    staging, reading = split_options(dict(options))
     if folder is None and staging.cache is None:
         raise OptionError("there is neither a folder to stage into nor a cache")
-    stager = Stager(os.fspath(uri), None if folder is None else _path_of(os.fspath(folder)), staging, reading)
+    stager = Stager(os.fspath(uri), None if folder is None else folder_path(os.fspath(folder)), staging, reading)
     recorder = stager.recorder
 
     def how_far() -> str:
@@ -65,7 +63,7 @@ def stage_checkpoint(
         staged = run_in_thread(body)
     except StreamloadError as error:
         raise error.locate(uri=scrub_uri(os.fspath(uri))) from error.__cause__
-    began_s = _process_began_s()
+    began_s = process_began_s()
     asked = staged.asked_at_s is not None and began_s is not None
     return dataclasses.replace(
         staged,
@@ -74,7 +72,29 @@ def stage_checkpoint(
     )
 
 
-def _path_of(folder: str) -> str:
+def split_options(given: dict[str, Any]) -> tuple[StageOptions, LoadOptions]:
+    """What to stage, and how to read it.
+
+    The memory is what that needs at most, where nothing else is said.
+
+    Raises:
+        OptionError: An option has no meaning.
+    """
+    staging = StageOptions.resolve({name: given.pop(name) for name in list(given) if name in _OF_STAGING})
+    options, origins = resolve(given)
+    memory = next(each for each in origins if each.name == "memory_bytes")
+    assert options.memory_bytes is not None
+    if memory.origin.startswith("default"):
+        options = dataclasses.replace(options, memory_bytes=min(options.memory_bytes, _MEMORY_DEFAULT_MOST))
+    return staging, options
+
+
+def folder_path(folder: str) -> str:
+    """The path of a folder of this machine.
+
+    Raises:
+        OptionError: It is none.
+    """
     if scheme_of(folder) != "file":
         raise OptionError(f"{scrub_uri(folder)} is no folder of this machine: files are staged into one")
     # Imported here: `import streamload` brings no source in.
@@ -83,16 +103,7 @@ def _path_of(folder: str) -> str:
     return path_of(folder)
 
 
-def _reading(given: dict[str, Any]) -> LoadOptions:
-    options, origins = resolve(given)
-    memory = next(each for each in origins if each.name == "memory_bytes")
-    assert options.memory_bytes is not None
-    if memory.origin.startswith("default"):
-        options = dataclasses.replace(options, memory_bytes=min(options.memory_bytes, _MEMORY_DEFAULT_MOST))
-    return options
-
-
-def _process_began_s() -> float | None:
+def process_began_s() -> float | None:
     """When this process began, by `time.monotonic`; None where the system does not tell. Source: proc(5)."""
     try:
         with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:

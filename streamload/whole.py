@@ -73,7 +73,9 @@ class WholeRead:
                 watch(self.options.progress, self.recorder),
                 deadline(self.options.deadline_s, self._how_far),
             ):
-                return await main()
+                result = await main()
+                await self.source.conclude()
+                return result
 
         try:
             return run_in_thread(body)

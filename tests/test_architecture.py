@@ -33,6 +33,8 @@ _MAY_IMPORT = {
     "save": {*_BOTTOM, "checkpoint", "plan", "sources", "shared_memory", "sinks.dtypes"},
     # Reads as a load does, and writes what it has read.
     "stage": {*_BOTTOM, "checkpoint", "host", "options", "pipeline", "planning", "report", "sources"},
+    # Stages, and says on HTTP how far it is.
+    "service": {*_BOTTOM, "deadlines", "options", "progress", "sources", "stage"},
     "integrations": {""},
     # Sizes are read and written on the command line as they are in messages; what it can be told comes from the
     # environment as well, which one module reads.

@@ -1,4 +1,4 @@
-"""The command line: ``streamload inspect``, ``load``, ``shard``, ``stage``, ``manifest``, ``verify``, ``doctor``."""
+"""The command line: ``streamload inspect``, ``load``, ``shard``, ``stage``, ``serve``, ``manifest``, and more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 import streamload
-from streamload.cli import arguments, console, doctor, inspect, load, manifest, shard, stage, verify
+from streamload.cli import arguments, console, container, doctor, inspect, load, manifest, serve, shard, stage, verify
 from streamload.cli.signals import Signals, Stopped
 
 __all__ = ["main"]
@@ -29,6 +29,7 @@ _COMMANDS: dict[str, _Command] = {
     "load": load,
     "shard": shard,
     "stage": stage,
+    "serve": serve,
     "manifest": manifest,
     "verify": verify,
     "doctor": doctor,
@@ -70,8 +71,8 @@ def _run(argv: Sequence[str] | None, signals: Signals) -> int:
     try:
         given = _parser().parse_args(argv)
     except _WrongUse as wrong:
-        if argv[:1] == ["stage"]:
-            stage.leave_last_words(argv, str(wrong))
+        if argv[:1] in (["stage"], ["serve"]):
+            container.leave_last_words(argv, str(wrong))
         wrong.parser.print_usage(sys.stderr)
         console.complain(f"error: {wrong}", program=wrong.parser.prog)
         return 2

@@ -17,6 +17,7 @@ __all__ = [
     "add_loading",
     "add_memory",
     "add_reading",
+    "add_serving",
     "add_sharding",
     "add_staging",
     "add_uri",
@@ -196,6 +197,27 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     _add_verify(group)
 
 
+def add_serving(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say who may ask a sidecar, and where."""
+    group = _group(parser, "where it is asked")
+    group.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="the Unix socket, in DIR or in a folder above it (default DIR/streamload.sock)",
+    )
+    group.add_argument(
+        "--socket-mode", type=_mode, metavar="MODE", help="who may ask, as the socket's mode in octal (default 666)"
+    )
+    group.add_argument("--socket-group", metavar="GROUP", help="the group that the socket belongs to")
+    group.add_argument(
+        "--port", type=int, metavar="N", help="show state and metrics on this TCP port; 0: any (default: on none)"
+    )
+    group.add_argument("--host", metavar="ADDRESS", help="the port's address (default: all of the machine's)")
+    group.add_argument(
+        "--drain-s", type=float, metavar="S", help="on SIGTERM, wait so long for reads under way (default 10)"
+    )
+
+
 def add_staging(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which files are staged, and what may be in their way."""
     group = _group(parser, "what is staged")
@@ -248,6 +270,13 @@ def _nbytes(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _mode(text: str) -> int:
+    try:
+        return int(text, 8)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no mode in octal digits") from error
 
 
 def _tp_plan(path: str) -> dict[str, str]:

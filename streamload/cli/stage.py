@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from typing import Any, cast
 
 import streamload
-from streamload.cli import arguments, console
-from streamload.cli.signals import Signals, Stopped
-from streamload.options import from_environment
+from streamload.cli import arguments, console, container
+from streamload.cli.signals import Signals
 from streamload.units import format_bytes, format_count, format_seconds
 
-__all__ = ["SUMMARY", "configure", "leave_last_words", "run"]
+__all__ = ["SUMMARY", "configure", "run"]
 
 SUMMARY = "copy a checkpoint's files onto a volume, verified and marked as whole: the init hook"
 
@@ -44,18 +40,6 @@ _EXIT_CODES = arguments.EXIT_CODES.replace(
     "       has landed is kept: run it again, and it goes on from there",
 )
 
-# Where the kubelet looks for a container's last words, and how many it reads.
-_TERMINATION_LOG = "/dev/termination-log"
-_TERMINATION_BYTES = 4096
-
-_FROM_ENVIRONMENT: dict[str, Callable[[str], Any]] = {
-    "uri": str,
-    "dir": str,
-    "log": str.strip,
-    "termination_log": str,
-}
-_LOGS = ("auto", "text", "json")
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
@@ -69,15 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what to stage, and where to; several pairs are staged one after the other",
     )
     arguments.add_json(parser)
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    parser.add_argument(
-        "--log", choices=_LOGS, help="lines of text, or of JSON; auto, the default: JSON unless stderr is a terminal"
-    )
-    parser.add_argument(
-        "--termination-log",
-        metavar="FILE",
-        help=f"write the cause of a failure there, in one line; by default {_TERMINATION_LOG}, where it is",
-    )
+    container.add_logs(parser)
     arguments.add_staging(parser)
     arguments.add_whole(parser)
 
@@ -88,14 +64,9 @@ def run(given: argparse.Namespace, signals: Signals) -> int:
     Raises:
         StreamloadError: It could not be staged.
     """
-    told = from_environment(_FROM_ENVIRONMENT, prefix="STAGE_")
-    with _last_words(given.termination_log or told.get("termination_log"), signals):
-        log = given.log or told.get("log", "auto")
-        if log not in _LOGS:
-            raise streamload.OptionError(f"log={log!r} is not one of: {', '.join(_LOGS)}")
-        is_terminal = sys.stderr is not None and sys.stderr.isatty()
-        as_json = log == "json" or (log == "auto" and not is_terminal)
-        console.speak_json(as_json)
+    told = container.told()
+    with container.last_words(given, told, signals):
+        as_json = container.choose_log(given, told)
         names = streamload.StageArguments.__optional_keys__
         options = cast("Any", {name: value for name, value in vars(given).items() if name in names})
         options["progress"] = not given.quiet
@@ -125,43 +96,6 @@ def _pairs(places: list[str], told: dict[str, Any]) -> list[tuple[str, str | Non
     if len(places) % 2:
         raise streamload.OptionError(f"{len(places)} places are no pairs of a URI and a folder")
     return list(zip(places[::2], places[1::2], strict=True))
-
-
-@contextmanager
-def _last_words(path: str | None, signals: Signals) -> Iterator[None]:
-    """Write the cause of a failure to the termination log; whatever is wrong with that log changes nothing."""
-    try:
-        yield
-    except (streamload.StreamloadError, Stopped) as error:
-        text = f"stopped by {signals.name}; what has landed is kept" if isinstance(error, Stopped) else str(error)
-        _write_last_words(path, text)
-        raise
-
-
-def leave_last_words(argv: Sequence[str], text: str) -> None:
-    """Write to the termination log why the command's arguments make no sense.
-
-    Args:
-        argv: All arguments; whatever else is wrong with them, they may say where that log is.
-        text: Why, in one line.
-    """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--termination-log")
-    path = None
-    with suppress(argparse.ArgumentError):
-        path = finder.parse_known_args(argv)[0].termination_log
-    _write_last_words(path or from_environment(_FROM_ENVIRONMENT, prefix="STAGE_").get("termination_log"), text)
-
-
-def _write_last_words(path: str | None, text: str) -> None:
-    where = path if path is not None else _TERMINATION_LOG
-    # By default it is only written to, never made: elsewhere than in a pod nobody looks for it.
-    if path is not None or os.path.isfile(where):
-        try:
-            with open(where, "wb") as file:
-                file.write(console.printable(text).encode("utf-8", "backslashreplace")[:_TERMINATION_BYTES])
-        except OSError as problem:
-            console.complain(f"the termination log {where} cannot be written: {problem.strerror}")
 
 
 def _lines(staged: streamload.Staged) -> Iterator[str]:

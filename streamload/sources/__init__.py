@@ -24,6 +24,7 @@ _BUILT_IN = {
     "http": ("streamload.sources.http", "HttpSource"),
     "https": ("streamload.sources.http", "HttpSource"),
     "s3": ("streamload.sources.s3", "S3Source"),
+    "sidecar": ("streamload.sources.sidecar", "SidecarSource"),
     **dict.fromkeys(
         ("az", "gs", "runai", "runai+az", "runai+file", "runai+gs", "runai+s3"),
         ("streamload.sources.runai", "open_runai"),

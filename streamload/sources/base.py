@@ -125,6 +125,19 @@ class Source(ABC):
             SourceError: Anything else, a range past the object's end included.
         """
 
+    async def conclude(self) -> dict[str, str]:
+        """All that was wanted has been read: wait for the last word on whether it is what it should be.
+
+        For sources that give out bytes before the object that they belong to was verified as a whole.
+
+        Returns:
+            What vouches for an object's content, by its key, beyond what `checksum` gave to compare with.
+
+        Raises:
+            SourceError: What was read does not hold.
+        """
+        return {}
+
     async def describe(self) -> dict[str, str]:
         """What a person needs to know who asks why this source is slow or refuses: a name and a value each.
 

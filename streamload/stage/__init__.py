@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streamload.stage.options import StageArguments, StageOptions
-from streamload.stage.staged import Staged
+from streamload.stage.staged import Place, Staged
 from streamload.stage.stager import Stager
 
-__all__ = ["StageArguments", "StageOptions", "Staged", "Stager"]
+__all__ = ["Place", "StageArguments", "StageOptions", "Staged", "Stager"]

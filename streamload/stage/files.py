@@ -33,11 +33,14 @@ class StagedFile:
         self._memory = memory
         self._fd: int | None = None
 
-    def open(self, *, keep: bool) -> None:
+    def open(self, *, keep: bool) -> bool:
         """Have it, of its full length.
 
         Args:
             keep: Go on with one of that length that is there, rather than beginning anew.
+
+        Returns:
+            Whether one was gone on with.
 
         Raises:
             OSError: It cannot be made, or there is no room.
@@ -49,13 +52,14 @@ class StagedFile:
                 fd = os.open(self.unfinished, flags)
                 if os.fstat(fd).st_size == self.size_bytes:
                     self._fd = fd
-                    return
+                    return True
                 os.close(fd)
         # Not emptied but removed: somebody may have it open, and read what has landed.
         with suppress(FileNotFoundError):
             os.unlink(self.unfinished)
         self._fd = os.open(self.unfinished, flags | os.O_CREAT | os.O_EXCL, 0o666)
         reserve(self._fd, self.size_bytes, memory=self._memory)
+        return False
 
     def write(self, data: memoryview, start: int) -> None:
         """Put bytes in their place, and have them on their way to the disk.

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from streamload.stage.names import JOURNAL_NAME
-from streamload.stage.ready import ReadyFile
+from streamload.stage.ready import ReadyFile, file_of
 
 __all__ = ["Journal", "Landed", "Noted", "read_journal"]
 
@@ -48,10 +48,12 @@ class Noted:
     Attributes:
         landed: Pieces, by the identity of their file; they may overlap.
         whole: Files that are whole, by their key.
+        stamps: What readers knew a file by, by its identity; see `Journal.stamp`.
     """
 
     landed: dict[str, list[Landed]] = field(default_factory=dict)
     whole: dict[str, ReadyFile] = field(default_factory=dict)
+    stamps: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_journal(folder: str) -> Noted:
@@ -76,11 +78,15 @@ def read_journal(folder: str) -> Noted:
 
 def _take(noted: Noted, said: dict[str, Any]) -> None:
     if "whole" in said:
-        file = ReadyFile(**said["whole"])
+        file = file_of(said["whole"])
         noted.whole[file.key] = file
         return
     pieces = noted.landed.setdefault(said["of"], [])
+    if "stamp" in said:
+        noted.stamps.setdefault(said["of"], []).append(str(said["stamp"]))
+        return
     if "forget" in said:
+        noted.stamps.pop(said["of"], None)
         start, end = said["forget"]
         pieces[:] = [piece for piece in pieces if piece.end <= start or end <= piece.start]
         return
@@ -113,8 +119,16 @@ class Journal:
             {"of": identity, "by": piece.algorithm, "at": piece.start, "n": piece.nbytes, "sum": f"{piece.value:x}"}
         )
 
+    def stamp(self, identity: str, stamp: str) -> None:
+        """Readers know a file by this from now on.
+
+        Who has read of a file that is still known by the stamp that he was told has read nothing that was replaced
+        since, whatever was killed and begun again meanwhile.
+        """
+        self._append({"of": identity, "stamp": stamp})
+
     def forget(self, identity: str, start: int, end: int) -> None:
-        """A range turned out to be wrong: pieces that touch it do not count."""
+        """A range turned out to be wrong: pieces that touch it do not count, nor do any stamps."""
         self._append({"of": identity, "forget": [start, end]})
 
     def whole(self, file: ReadyFile) -> None:

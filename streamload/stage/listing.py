@@ -39,6 +39,7 @@ class FileState:
         missing: How many pieces have not landed.
         waiters: Who waits for a range.
         wholly: Who waits for all of it.
+        stamps: What readers know it by, the last one first told now; see `journal.Journal.stamp`.
     """
 
     def __init__(self, object: SourceObject, of: str) -> None:
@@ -52,6 +53,7 @@ class FileState:
         self.missing = 0
         self.waiters: list[tuple[int, int, asyncio.Future[None]]] = []
         self.wholly: list[asyncio.Future[None]] = []
+        self.stamps: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,10 +42,14 @@ class Ranges:
 
     def cover(self, start: int, end: int) -> bool:
         """Whether all of a range was added."""
-        if start >= end:
-            return True
+        return self.around(start, end) is not None
+
+    def around(self, start: int, end: int) -> tuple[int, int] | None:
+        """The longest range that was added and has all of this one; None where there is none."""
         at = bisect_right(self._ranges, (start, float("inf"))) - 1
-        return at >= 0 and self._ranges[at][0] <= start and end <= self._ranges[at][1]
+        if at >= 0 and self._ranges[at][0] <= start and end <= self._ranges[at][1]:
+            return self._ranges[at]
+        return (start, start) if start >= end else None
 
 
 def pieces_of(size_bytes: int, noted: Sequence[Landed], *, piece_bytes: int) -> Iterator[Piece]:

@@ -7,11 +7,12 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from streamload.stage.names import READY_NAME, unfinished_name
 from streamload.stage.volume import sync_folder
 
-__all__ = ["Ready", "ReadyFile", "is_as_staged", "read_ready", "remove_ready", "write_ready"]
+__all__ = ["Ready", "ReadyFile", "file_of", "is_as_staged", "read_ready", "remove_ready", "write_ready"]
 
 _FORMAT, _VERSION = "streamload-stage", 1
 # Some 300 bytes for each file; what is longer is none of ours.
@@ -29,6 +30,7 @@ class ReadyFile:
         mtime_ns: When it was changed last, on the volume; a file with another time was changed since.
         checksum: What it sums up to, with the algorithm's name; None where it was not summed up.
         verified: What it was compared with; None where there was nothing.
+        stamps: What readers knew it by while it was being brought, see `journal.Journal.stamp`.
     """
 
     key: str
@@ -37,6 +39,7 @@ class ReadyFile:
     mtime_ns: int
     checksum: str | None = None
     verified: str | None = None
+    stamps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ def read_ready(folder: str) -> Ready | None:
         said = json.loads(raw)
         if (said["format"], said["version"]) != (_FORMAT, _VERSION):
             return None
-        files = tuple(ReadyFile(**each) for each in said["files"])
+        files = tuple(file_of(each) for each in said["files"])
         return Ready(
             uri=said["uri"],
             digest=said["digest"],
@@ -89,6 +92,15 @@ def read_ready(folder: str) -> Ready | None:
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def file_of(said: dict[str, Any]) -> ReadyFile:
+    """A file, out of JSON.
+
+    Raises:
+        TypeError: It is none.
+    """
+    return ReadyFile(**{**said, "stamps": tuple(said.get("stamps", ()))})
 
 
 def write_ready(folder: str, ready: Ready) -> None:

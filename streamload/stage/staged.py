@@ -5,9 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-__all__ = ["Staged", "StagedState"]
+__all__ = ["Place", "Staged", "StagedState"]
 
 StagedState: TypeAlias = Literal["staged", "present"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a file can be read that has landed in part.
+
+    Attributes:
+        path: Its path now; it changes when the file is whole.
+        stamp: What a reader knows it by from now on, see `Stager.knows`.
+        landed: The first byte, and one past the last, of the range around the one that was asked for that has landed.
+        mtime_ns: When it was changed last; None while it is not whole.
+        verified: What it was compared with; None while it is not whole, and where there was nothing.
+    """
+
+    path: str
+    stamp: str
+    landed: tuple[int, int]
+    mtime_ns: int | None = None
+    verified: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

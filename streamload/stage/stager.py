@@ -18,6 +18,7 @@ import asyncio
 import logging
 import mmap
 import os
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,7 +58,7 @@ from streamload.stage.names import (
 from streamload.stage.options import StageOptions
 from streamload.stage.pieces import pieces_of
 from streamload.stage.ready import Ready, ReadyFile, is_as_staged, read_ready, remove_ready, write_ready
-from streamload.stage.staged import Staged, StagedState
+from streamload.stage.staged import Place, Staged, StagedState
 from streamload.stage.volume import check_space, in_memory
 from streamload.stage.workers import Workers
 from streamload.uris import scrub_uri
@@ -156,6 +157,11 @@ class Stager:
     ) -> None:
         await self.aclose()
 
+    async def settle(self) -> None:
+        """All is staged, and will only be read: end the source and the threads, and keep the lock on what is used."""
+        await self.source.aclose()
+        await self._calls.aclose()
+
     async def aclose(self) -> None:
         """End everything: the source, the threads, the locks. May be called twice."""
         try:
@@ -180,16 +186,36 @@ class Stager:
             raise self._failure
         return {key: file.object for key, file in self._files.items()}
 
+    def identity(self, key: str) -> str:
+        """What tells this version of a file from all others, on every volume that it is staged onto."""
+        return self._files[key].identity
+
     def landed(self, key: str, start: int, end: int) -> bool:
         """Whether a range of a file is in its place; verified as far as its stretches are complete."""
         file = self._files[key]
         return file.ready is not None or file.landed.cover(start, end)
 
-    def where(self, key: str) -> str:
-        """Where a file's landed bytes can be read now."""
+    def is_whole(self, key: str) -> bool:
+        """Whether all of a file is there, verified as far as its source allows."""
+        return self._files[key].ready is not None
+
+    def place(self, key: str, start: int, end: int) -> Place:
+        """Where a range that has landed can be read now."""
         file = self._files[key]
-        whole = file.ready is not None or file.staged is None
-        return os.path.join(self.folder, key if whole else unfinished_name(key))
+        if file.ready is not None:
+            path = os.path.join(self.folder, key)
+            # A file that was staged before there were stamps was whole before anybody read it.
+            stamp = file.ready.stamps[-1] if file.ready.stamps else ""
+            return Place(path, stamp, (0, file.object.size_bytes), file.ready.mtime_ns, file.ready.verified)
+        around = file.landed.around(start, end)
+        assert around is not None
+        return Place(os.path.join(self.folder, unfinished_name(key)), file.stamps[-1], around)
+
+    def knows(self, key: str, stamp: str) -> bool:
+        """Whether nothing of a file was replaced since somebody was told this stamp."""
+        file = self._files[key]
+        stamps = file.stamps if file.ready is None else file.ready.stamps
+        return stamp in stamps or (not stamp and not stamps)
 
     def want(self, key: str, start: int, end: int) -> None:
         """Have a range brought before everything that nobody has asked for."""
@@ -206,7 +232,14 @@ class Stager:
         """
         file = self._files[key]
         if not self.landed(key, start, end):
-            await self._wait(lambda future: file.waiters.append((start, end, future)))
+            waiter = (start, end, self._promise())
+            file.waiters.append(waiter)
+            try:
+                await waiter[2]
+            finally:
+                # Where it has landed, it is gone from there already; else the one who waited has left.
+                if waiter in file.waiters:
+                    file.waiters.remove(waiter)
 
     async def whole(self, key: str) -> None:
         """Wait until a file is whole, verified as far as its source allows, and under its name.
@@ -216,14 +249,33 @@ class Stager:
         """
         file = self._files[key]
         if file.ready is None:
-            await self._wait(file.wholly.append)
+            future = self._promise()
+            file.wholly.append(future)
+            try:
+                await future
+            finally:
+                file.wholly.remove(future)
 
-    async def _wait(self, enlist: Callable[[asyncio.Future[None]], None]) -> None:
+    def _promise(self) -> asyncio.Future[None]:
+        """What is done when what somebody waits for is there.
+
+        Raises:
+            StreamloadError: It never will be.
+        """
         if self._failure is not None:
             raise self._failure
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        enlist(future)
-        await future
+        return asyncio.get_running_loop().create_future()
+
+    def stop(self) -> bool:
+        """Begin no more reads, so that `run` fails once those that are under way have landed.
+
+        Returns:
+            Whether there are any; else it is to be cancelled.
+        """
+        if self._workers is None or self._workers.stopped:
+            return False
+        self._workers.stopped = True
+        return True
 
     # Staging.
 
@@ -274,7 +326,10 @@ class Stager:
             if not await self._is_present(ready, listing):
                 await self._stage(listing, ready)
                 await self._link_to_version()
+                # Who serves the files keeps this open, and others find all there from now on.
+                self._lock.release()
                 return self._staged("staged")
+            self._lock.release()
         self._adopt(listing, {file.key: file for file in ready.files} if ready is not None else {})
         self._phase("check")
         await self._link_to_version()
@@ -410,7 +465,10 @@ class Stager:
         for key, start, end in self._wanted:
             self._workers.want(self._files[key], start, end)
         await self._workers.bring(files)
+        if self._workers.stopped and any(file.ready is None for file in files):
+            raise SourceError("staging was stopped; what has landed is kept")
         self._phase("read")
+        await self.source.conclude()
         await self._calls.run(lambda: self._conclude(listing, known))
         self._phase("finish")
 
@@ -479,8 +537,13 @@ class Stager:
             same = [piece for piece in pieces if piece.algorithm == file.check.algorithm]
             size = file.object.size_bytes
             staged = StagedFile(self.folder, file.object.key, size, memory=self._memory)
-            staged.open(keep=bool(same))
+            if not staged.open(keep=bool(same)):
+                self._journal.forget(file.identity, 0, size)
+                same = []
             file.staged = staged
+            stamp = secrets.token_hex(8)
+            self._journal.stamp(file.identity, stamp)
+            file.stamps = [*(noted.stamps.get(file.identity, []) if same else []), stamp]
             cut = pieces_of(size, same, piece_bytes=self._read_bytes)
             file.pending = {piece.start: piece for piece in cut}
             file.missing = len(file.pending)

@@ -41,6 +41,7 @@ class Workers:
 
     Attributes:
         landed_bytes: How many bytes were read from the source.
+        stopped: Set to begin no more pieces; `bring` returns when those that are under way have landed.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Workers:
         self._workers = 0
         self._buffers: list[memoryview] = []
         self.landed_bytes = 0
+        self.stopped = False
 
     def want(self, file: FileState, start: int, end: int) -> None:
         """Have a range brought before everything that nobody has asked for."""
@@ -89,18 +91,21 @@ class Workers:
                 self._staff(group)
         finally:
             self._recorder.stop("read")
+            # Who serves the files keeps this for as long, and needs no memory for that.
+            self._buffers.clear()
 
     def _staff(self, group: asyncio.TaskGroup) -> None:
         """Have as many workers as reads may be in flight; those who are too many leave by themselves."""
         self._recorder.reading(self._tuner.target)
         left = len(self._urgent) + sum(len(file.pending) for file in self._files.values())
-        while self._workers < self._tuner.target and left > 0:
+        while self._workers < self._tuner.target and left > 0 and not self.stopped:
             self._workers += 1
             left -= 1
             group.create_task(self._work(group, f"worker {self._workers}"))
 
     async def _work(self, group: asyncio.TaskGroup, lane: str) -> None:
         await self._budget.acquire(self._read_bytes)
+        self._recorder.peak_staged_bytes = self._budget.peak_bytes
         memory = self._buffers.pop() if self._buffers else memoryview(mmap.mmap(-1, self._read_bytes))
         while self._workers <= self._tuner.target and (found := self._next()) is not None:
             file, piece = found
@@ -115,6 +120,8 @@ class Workers:
 
     def _next(self) -> tuple[FileState, Piece] | None:
         """What to bring next: what somebody waits for, then the files in their order."""
+        if self.stopped:
+            return None
         if self._urgent:
             key, at = next(iter(self._urgent))
             return self._files[key], self._urgent.pop((key, at))
@@ -133,6 +140,11 @@ class Workers:
         if piece.noted is not None and (sums := await self._calls.run(lambda: _sums_of(staged, check, piece, memory))):
             self._compare(file, start, sums)
         else:
+            if piece.noted is not None:
+                # Who has read it under another process may have read what is replaced now.
+                self._journal.forget(file.identity, start, end)
+                self._journal.stamp(file.identity, file.stamps[-1])
+                del file.stamps[:-1]
             # What is noted and wrong may be longer than what is read at once now.
             for at in range(start, end, memory.nbytes):
                 await self._fetch(file, at, min(end, at + memory.nbytes), memory, lane)
@@ -211,7 +223,13 @@ class Workers:
         assert check is not None
         mtime_ns = staged.sync()
         ready = ReadyFile(
-            staged.key, file.identity, staged.size_bytes, mtime_ns, whole, None if check.by is None else _what(check.by)
+            staged.key,
+            file.identity,
+            staged.size_bytes,
+            mtime_ns,
+            whole,
+            None if check.by is None else _what(check.by),
+            tuple(file.stamps),
         )
         self._journal.whole(ready)
         staged.publish()

@@ -100,6 +100,9 @@ class FaultSource(Source):
     async def sha256(self, object: SourceObject) -> bytes | Sha256 | None:
         return await self._inner.sha256(object)
 
+    async def conclude(self) -> dict[str, str]:
+        return await self._inner.conclude()
+
     async def describe(self) -> dict[str, str]:
         return await self._inner.describe()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import streamload
-from streamload.cli import stage
+from streamload.cli import container
 from tests.cli.programs import TIMEOUT_S, Program, program
 from tests.stage.models import names, same, source_of, total_bytes
 
@@ -89,7 +89,7 @@ class TestUse:
 class TestLastWords:
     def test_a_wrong_uri(self, cli: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         words = tmp_path / "termination-log"
-        monkeypatch.setattr(stage, "_TERMINATION_LOG", str(words))
+        monkeypatch.setattr(container, "_TERMINATION_LOG", str(words))
         assert cli("stage", tmp_path / "missing", tmp_path / "folder").code == 1
         assert not words.exists()  # nothing that nobody looks at is made
         words.touch()
@@ -109,7 +109,7 @@ class TestLastWords:
         elif told == "variable":
             monkeypatch.setenv("STREAMLOAD_STAGE_TERMINATION_LOG", str(words))
         else:
-            monkeypatch.setattr(stage, "_TERMINATION_LOG", str(words))
+            monkeypatch.setattr(container, "_TERMINATION_LOG", str(words))
             words.touch()
         assert cli("stage", *given).code == 2
         (line,) = words.read_text().splitlines()

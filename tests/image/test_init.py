@@ -171,6 +171,27 @@ def test_sigterm(pod: _Pod, uri: str) -> None:
     assert pod.last_words() == "stopped by SIGTERM; what has landed is kept"
 
 
+def test_as_a_sidecar(pod: _Pod, uri: str) -> None:
+    """Read by an engine of another user's, which has the volume at another path and may not write to it."""
+    serve = pod.command(
+        "serve", uri, _VOLUME, f"--socket={_VOLUME}/streamload.sock", "--port=0", entrypoint="streamload"
+    )
+    with subprocess.Popen(serve, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            while "all is staged" not in (line := process.stderr.readline()):
+                assert line
+            options = ["--user", "4321:4321", "--entrypoint", "streamload", "--volume", f"{pod.volume}:/weights:ro"]
+            asked = ("inspect", "sidecar:///weights/streamload.sock", "--json")
+            engine = podman("run", *_CONTAINER, *options, pod.image, *asked)
+            done = subprocess.run(engine, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            assert len(_result(done)["files"]) == len(list(pod.volume.glob("*.safetensors")))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=_TIMEOUT_S)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 @pytest.fixture
 def on_the_hub(hub: Hub) -> Hub:
     hub.repositories["org/model"].commit({"config.json": b"{}", "model.safetensors": b"weights"})

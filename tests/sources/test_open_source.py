@@ -56,7 +56,9 @@ def test_schemes_that_come_with_the_package(uri: str, kind: type[Source]) -> Non
 
 def test_an_unknown_scheme_names_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, tape=f"{__name__}:make_memory")
-    with pytest.raises(OptionError, match=r"'ftp'; known are: az, file, gs, hf, http, https, runai, .*, s3, tape"):
+    with pytest.raises(
+        OptionError, match=r"'ftp'; known are: az, file, gs, hf, http, https, runai, .*, s3, sidecar, tape"
+    ):
         open_source("ftp://user:secret@host/x")
 
 

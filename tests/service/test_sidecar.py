@@ -1,0 +1,92 @@
+"""A sidecar on this process's own event loop: what takes long elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from streamload.loan import Loan
+from streamload.options import resolve
+from streamload.service import Sidecar, asking
+from streamload.service.listening import Listeners
+from streamload.service.options import ServeOptions
+from streamload.sources.sidecar import SidecarSource
+from streamload.stage import StageOptions, Stager
+from tests.cli.programs import TIMEOUT_S
+from tests.service.origins import origin_of
+from tests.service.sidecars import SMALL
+from tests.stage.models import FIRST, PIECE, source_of
+
+
+@asynccontextmanager
+async def _running(uri: str, volume: Path, *, pause_s: float = 10.0) -> AsyncIterator[Sidecar]:
+    reading = resolve(SMALL)[0]
+
+    def make() -> Stager:
+        return Stager(uri, str(volume), StageOptions(), reading)
+
+    sidecar = Sidecar(make, str(volume), reading, drain_s=0.0, began_s=0.0, pause_s=pause_s)
+    async with Listeners(sidecar, str(volume / "s.sock"), ServeOptions()):
+        running = asyncio.create_task(sidecar.run())
+        try:
+            yield sidecar
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+
+
+def _run(main: Callable[[], Awaitable[None]]) -> None:
+    async def body() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            await main()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(body(), debug=True)
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("streamload")] == []
+
+
+def test_what_has_failed_is_tried_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with _running(str(tmp_path / "source"), tmp_path / "volume", pause_s=0.0) as sidecar:
+            while sidecar.status()["state"] != "failed":
+                await sidecar.changed(TIMEOUT_S)
+            source_of(tmp_path / "source")
+            while sidecar.status()["state"] != "staged":
+                await sidecar.changed(TIMEOUT_S)
+            status = sidecar.status()
+            assert status["attempts"] > 1
+            # Those that fell into the time in which the files were made have other reasons.
+            assert status["errors"]["NotFoundError"] >= 1
+            assert status["error"] is None
+
+    _run(main)
+
+
+def test_a_wait_that_takes_long_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would not be known whether the sidecar hangs."""
+    monkeypatch.setattr(asking, "ASK_AGAIN_S", 0.001)
+
+    async def main() -> None:
+        with origin_of(tmp_path / "source") as origin:
+            origin.hold(lambda name, start: name == FIRST and start == PIECE)
+            async with (
+                _running(origin.uri, tmp_path / "volume") as sidecar,
+                SidecarSource(f"sidecar://{tmp_path}/volume/s.sock") as source,
+            ):
+                (object,) = [object for object in await source.list() if object.key == FIRST]
+                content = memoryview(bytearray(PIECE))
+                reading = asyncio.create_task(source.read(object, PIECE, 2 * PIECE, Loan([content])))
+                while source.requests < 20:
+                    await sidecar.changed(0.001)
+                assert not reading.done()
+                origin.release()
+                await reading
+                assert content == (tmp_path / "source" / FIRST).read_bytes()[PIECE : 2 * PIECE]
+                await source.conclude()
+
+    _run(main)

@@ -67,6 +67,7 @@ from streamload.plan import (
 from streamload.report import Report
 from streamload.saving import SavedShards, save_sharded
 from streamload.sharding import ShardedCheckpoint, shard
+from streamload.slicing import LoadWeights, SlicedLoad, load_sliced
 from streamload.stage import StageArguments, Staged
 from streamload.staging import stage_checkpoint
 from streamload.trace import Trace
@@ -97,6 +98,7 @@ __all__ = [
     "IndexFileError",
     "Inspection",
     "LoadOptions",
+    "LoadWeights",
     "ManifestError",
     "MemoryLimitError",
     "MismatchError",
@@ -121,6 +123,7 @@ __all__ = [
     "Shard",
     "ShardFile",
     "ShardedCheckpoint",
+    "SlicedLoad",
     "SourceError",
     "StageArguments",
     "Staged",
@@ -139,6 +142,7 @@ __all__ = [
     "inspect",
     "load",
     "load_into",
+    "load_sliced",
     "open",
     "save_sharded",
     "shard",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
@@ -23,7 +23,7 @@ from streamload.pipeline.hedge import HedgePolicy, Hedger
 from streamload.pipeline.pace import Pace
 from streamload.pipeline.run import Pipeline
 from streamload.plan import Plan
-from streamload.planning import PlannedLoad, plan_load, source_for
+from streamload.planning import Accept, PlannedLoad, plan_load, source_for
 from streamload.progress import watch
 from streamload.report import Recorder, Report, State
 from streamload.sinks import MakeSink, NamedTensor, sink_for
@@ -136,7 +136,7 @@ class Load:
         *,
         device: str | None = None,
         make_sink: MakeSink | None = None,
-        accept: Callable[[Catalog, Catalog], Catalog] | None = None,
+        accept: Accept | None = None,
     ) -> None:
         assert options.memory_bytes is not None
         self.uri = scrub_uri(uri)

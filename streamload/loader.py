@@ -32,7 +32,7 @@ from streamload.uris import scrub_uri
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AsyncStream", "Load", "Stream", "load", "open", "resolve_options", "stream"]
+__all__ = ["AsyncStream", "Load", "Stream", "load", "open", "open_stream", "resolve_options", "stream"]
 
 
 def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream:
@@ -80,7 +80,23 @@ def stream(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Stream:
     Raises:
         StreamloadError: Bad options, or no checkpoint there. Later errors are raised by the iteration.
     """
-    load = Load(os.fspath(uri), resolve_options(options))
+    return open_stream(os.fspath(uri), resolve_options(options))
+
+
+def open_stream(
+    uri: str, options: LoadOptions, *, accept: Callable[[Catalog, Catalog], Catalog] | None = None
+) -> Stream:
+    """What `stream` does.
+
+    Args:
+        uri: As for `open`.
+        options: Resolved ones.
+        accept: As for `plan_load`.
+
+    Raises:
+        StreamloadError: As `stream`.
+    """
+    load = Load(uri, options, accept=accept)
     try:
         load.start()
         load.opened.result()

@@ -36,6 +36,8 @@ _MAY_IMPORT = {
     # Reads as a load does, and writes what it has read.
     "stage": {*_BOTTOM, "checkpoint", "host", "options", "pipeline", "planning", "report", "sources"},
     "integrations": {""},
+    # A loader like those at the top, for what an engine says.
+    "vllm": {"", *_BOTTOM, "checkpoint", "loader", "options", "pipeline", "planning", "report"},
     # Sizes are read and written on the command line as they are in messages; what it can be told comes from the
     # environment as well, which one module reads.
     "cli": {"", "options", "units"},

@@ -83,9 +83,7 @@ def stream(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Stream:
     return open_stream(os.fspath(uri), resolve_options(options))
 
 
-def open_stream(
-    uri: str, options: LoadOptions, *, accept: Callable[[Catalog, Catalog], Catalog] | None = None
-) -> Stream:
+def open_stream(uri: str, options: LoadOptions, *, accept: Accept | None = None) -> Stream:
     """What `stream` does.
 
     Args:

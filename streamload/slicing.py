@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from streamload.recording import Recording
 
-__all__ = ["LoadWeights", "SlicedLoad", "load_sliced"]
+__all__ = ["LoadWeights", "SlicedLoad", "fill_sliced", "load_sliced"]
 
 LoadWeights: TypeAlias = "Callable[[Iterable[tuple[str, torch.Tensor]]], Any]"
 """A model's own loading code: it is given names and whole tensors, and copies what it needs of them into the model."""
@@ -37,7 +37,7 @@ class SlicedLoad:
 
     Attributes:
         report: What happened. Its bytes are those that were needed, and those that were read.
-        checkpoint_bytes: How many bytes all of the checkpoint's tensors have, those that options left out excepted.
+        checkpoint_bytes: How many bytes the checkpoint's tensors have, but for those that were left out by name.
         loaded: What the model's loading code returned; where it ran twice and both returned sets, all that is in them.
         whole: The names whose tensors were read whole and given to the loading code, and why.
     """
@@ -46,6 +46,14 @@ class SlicedLoad:
     checkpoint_bytes: int
     loaded: Any
     whole: Mapping[str, str]
+
+    @property
+    def reasons(self) -> dict[str, list[str]]:
+        """The names that were read whole, by the reason."""
+        found: dict[str, list[str]] = {}
+        for name, problem in self.whole.items():
+            found.setdefault(problem, []).append(name)
+        return found
 
 
 def load_sliced(
@@ -95,9 +103,34 @@ def load_sliced(
         raise OptionError(f"a {type(model).__name__} has no load_weights: give what loads names and tensors into it")
     # What the environment says about devices and ranks is not meant for this either.
     resolved = resolve_options({**options, "device": "cpu", "rank": None})
-    found = _Sliced(model, os.fspath(uri), resolved, code).run(record=record)
+    return fill_sliced(model, os.fspath(uri), resolved, code, record=record)
+
+
+def fill_sliced(
+    model: torch.nn.Module,
+    uri: str,
+    options: LoadOptions,
+    code: LoadWeights,
+    *,
+    record: bool = True,
+    wanted: Callable[[str], bool] = lambda _: True,
+) -> SlicedLoad:
+    """What `load_sliced` does.
+
+    Args:
+        model: As there.
+        uri: As there.
+        options: Resolved ones.
+        code: The loading code.
+        record: As there.
+        wanted: Which names the code is given.
+
+    Raises:
+        StreamloadError: As there.
+    """
+    found = _Sliced(model, uri, options, code, wanted).run(record=record)
     if isinstance(found, str):
-        found = _Sliced(model, os.fspath(uri), resolved, code).run(record=False, problem=found)
+        found = _Sliced(model, uri, options, code, wanted).run(record=False, problem=found)
         assert not isinstance(found, str)
     return found
 
@@ -105,8 +138,16 @@ def load_sliced(
 class _Sliced:
     """One load into a model."""
 
-    def __init__(self, model: torch.nn.Module, uri: str, options: LoadOptions, code: LoadWeights) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        uri: str,
+        options: LoadOptions,
+        code: LoadWeights,
+        wanted: Callable[[str], bool],
+    ) -> None:
         self._model = model
+        self._wanted = wanted
         self._code = code
         self._targets: dict[str, Target] = {}
         self._sink: ParametersSink | None = None
@@ -141,7 +182,7 @@ class _Sliced:
                     self._load.opened.result()
                 catalog = self._listed.result()
                 check_dtypes(catalog)
-                tensors = [tensor for file in catalog.files for tensor in file.tensors]
+                tensors = [tensor for file in catalog.files for tensor in file.tensors if self._wanted(tensor.name)]
                 if record:
                     recording = record_copies(tensors, self._code, self._model)
                 else:
@@ -168,7 +209,8 @@ class _Sliced:
                 error.locate(uri=self._load.uri)
             say_undefined(self._sink, error, "load_sliced")
             raise
-        return SlicedLoad(stream.report, catalog.nbytes, loaded, recording.whole)
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        return SlicedLoad(stream.report, nbytes, loaded, recording.whole)
 
     async def _accept(self, catalog: Catalog, whole: Catalog) -> Catalog:
         """On the engine's thread: hand over what there is, and wait until it is known what is needed of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -94,8 +94,7 @@ class Decoder(nn.Module):
                 _, number, part = name.split(".")
                 self._expert(int(number), part, tensor)
             elif name != "unused":
-                loader: Callable[[torch.Tensor], None] = getattr(self, f"_load_{name.replace('.', '_')}")
-                loader(tensor)
+                getattr(self, f"_load_{name.replace('.', '_')}")(tensor)
             loaded.add(name)
         return loaded
 
@@ -109,8 +108,8 @@ class Decoder(nn.Module):
         self.embed[: len(part)].data.copy_(part)
         self.embed[len(part) :].data.fill_(0)
 
-    # Tied: the second tensor takes the first one's place.
-    _load_head_weight = _load_embed_weight
+    def _load_head_weight(self, tensor: torch.Tensor) -> None:
+        self._load_embed_weight(tensor)  # tied: the second tensor takes the first one's place
 
     def _load_column_weight(self, tensor: torch.Tensor) -> None:
         self.column.data.copy_(self._part(tensor, 0))
@@ -148,7 +147,7 @@ class Decoder(nn.Module):
 
     def _load_gate_up_weight(self, tensor: torch.Tensor) -> None:
         whole = tensor.view(2, self.world, _INTERMEDIATE // self.world, _HIDDEN)
-        self.fused.data.unflatten(0, (2, -1)).copy_(whole[:, self.rank])
+        self.fused.data.view(2, -1, _HIDDEN).copy_(whole[:, self.rank])
 
     def _load_transposed_weight(self, tensor: torch.Tensor) -> None:
         self.transposed.data.copy_(self._part(tensor.t().contiguous(), 0))

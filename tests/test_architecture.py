@@ -37,7 +37,7 @@ _MAY_IMPORT = {
     "stage": {*_BOTTOM, "checkpoint", "host", "options", "pipeline", "planning", "report", "sources"},
     "integrations": {""},
     # A loader like those at the top, for what an engine says.
-    "vllm": {"", *_BOTTOM, "checkpoint", "loader", "options", "pipeline", "planning", "report"},
+    "vllm": {"", *_BOTTOM, "checkpoint", "loader", "options", "pipeline", "planning", "report", "slicing"},
     # Sizes are read and written on the command line as they are in messages; what it can be told comes from the
     # environment as well, which one module reads.
     "cli": {"", "options", "units"},

@@ -84,9 +84,9 @@ def record_copies(tensors: Sequence[TensorInfo], load_weights: LoadWeights, mode
                 return Recording(copies, {**whole, **skipped}, run.loaded, Guard(run.memories), before.restore)
             problem = "the model keeps the tensor"
         else:
-            kept = {run.current} if run.current is not None else set()
+            kept = {run.blamed} if run.blamed is not None else set()
         before.restore()
-        if not kept:
+        if not kept or run.hopeless:
             break
         # Layers and experts repeat what the first one of them shows.
         kinds |= {_kind(name): problem for name in kept}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -55,7 +55,7 @@ class Memory:
     """A storage of the model's.
 
     Attributes:
-        names: Whose values go into it.
+        names: Whose values go into it, or may.
         problem: Why it cannot be recorded, if it cannot.
     """
 
@@ -76,16 +76,20 @@ class Memory:
         entries = self._writes[first : bisect_left(self._writes, (write.end,))]
         return [entry for entry in entries if entry[2].overlaps(write)]
 
-    def add(self, write: Write) -> None:
-        """Note a copy. One that writes the very same region as one before takes its place.
+    def add(self, write: Write, names: Iterable[str]) -> None:
+        """Note what is written. What writes the very same region as something before takes its place.
 
-        It is a problem where it overlaps with one in another way.
+        It is a problem where it overlaps with something in another way.
+
+        Args:
+            write: The region.
+            names: Which names it comes from, or may come from.
         """
-        self.names.add(write.name)
+        self.names.update(names)
         for entry in self.overlapping(write):
             if not entry[2].same(write):
                 self.fail("what is copied into a parameter overlaps in part")
-                return
+                break
             self._writes.remove(entry)
         self._counted += 1
         self._longest = max(self._longest, write.end - write.start)
@@ -93,7 +97,7 @@ class Memory:
 
     def touched(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor has memory whose values are yet to come."""
-        return tensor.numel() > 0 and (self.problem is not None or bool(self.overlapping(Write(tensor))))
+        return tensor.numel() > 0 and bool(self.overlapping(Write(tensor)))
 
     def fail(self, problem: str) -> None:
         self.problem = self.problem or problem

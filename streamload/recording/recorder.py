@@ -69,19 +69,24 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
     """One run of the loading code on stand-ins.
 
     Attributes:
-        current: The name that was at hand last.
+        blamed: The name that was at hand when the run could not go on.
+        hopeless: Whether another run without that name would not do.
         loaded: What the code returned.
         modules_left: The modules that are not recordable; known with the result.
     """
 
     def __init__(self, state: ModelState) -> None:
         super().__init__(state.memories())
-        self.current: str | None = None
+        self.blamed: str | None = None
+        self.hopeless = False
         self.loaded: Any = None
         self.modules_left: set[torch.nn.Module] = set()
         self._state = state
         self._stand_ins: dict[int, _StandIn] = {}
         self._problem: str | None = None
+        # The name that was given last, and whatever name was at hand last.
+        self._given: str | None = None
+        self._current: str | None = None
         self._whole: dict[str, str] = {}
 
     def run(self, tensors: Sequence[TensorInfo], load_weights: LoadWeights) -> str | None:
@@ -94,13 +99,14 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
             with self:
                 self.loaded = load_weights(self._give(tensors))
         except Exception as error:
-            return self._problem or f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            if self._problem is None:
+                self._problem, self.blamed = f"{type(error).__name__}: {error}".strip().splitlines()[0], self._current
         return self._problem  # which the code may have caught
 
     def _give(self, tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
         dtypes = torch_dtypes()
         for tensor in tensors:
-            self.current = tensor.name
+            self._current = self._given = tensor.name
             stand_in = torch.empty(torch_shape(tensor), dtype=dtypes[tensor.dtype], device="meta")
             self._register(stand_in, frozenset((tensor.name,)))
             yield tensor.name, stand_in
@@ -169,7 +175,7 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         tensors = list(tensors_in((*args, *kwargs.values())))
         stand_ins = [found for tensor in tensors if (found := self._stand_ins.get(storage_key(tensor))) is not None]
         if stand_ins and len(stand_ins[-1].names) == 1:
-            (self.current,) = stand_ins[-1].names
+            (self._current,) = stand_ins[-1].names
         if func is _aten.copy_.default:
             return self._copy(*args[:2])
         if self.is_view(func) or func in SHAPES:
@@ -184,14 +190,10 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         found = self._stand_ins.get(storage_key(source))
         origin, memory = self.memory(source), self.memory(target)
         if found is None:
-            if origin is not None and origin.touched(source):
-                origin.fail("its values are used while the model is loaded")
-                self._taint(target, origin.names, "it goes where values of a parameter go")
-            elif storage_key(target) in self._stand_ins:
-                found = self._stand_ins[storage_key(target)]
-                self._taint(target, found.names, "it is written into")
-            elif memory is not None and memory.touched(target):
-                memory.fail("it is written into in more than one way")
+            if (origin is not None and origin.touched(source)) or (memory is not None and memory.touched(target)):
+                raise self._give_up("copy_")
+            if storage_key(target) in self._stand_ins:
+                self._taint(target, self._stand_ins[storage_key(target)].names, "it is written into")
             elif memory is not None and origin is not None:
                 raise self._stop("the model's memory is copied within itself")
             else:
@@ -208,7 +210,7 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         else:
             assert memory is not None
             (name,) = found.names
-            memory.add(Write(target, name, copy))
+            memory.add(Write(target, name, copy), self._with_given(found.names))
         return target
 
     def _trace(self, target: torch.Tensor, source: torch.Tensor, found: _StandIn) -> RegionCopy | None:
@@ -285,34 +287,19 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
 
     def _without(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tensors: list[torch.Tensor]) -> Any:
         """An operation without stand-ins."""
-        touched = {id(memory): memory for it in tensors if (memory := self.memory(it)) and memory.touched(it)}
+        if any((memory := self.memory(tensor)) is not None and memory.touched(tensor) for tensor in tensors):
+            raise self._give_up(func)
         written = self.written(func, args, kwargs)
-        if not touched:
-            if any(self.memory(tensor) for tensor in written) and func not in _CONSTANTS:
-                raise self._stop(f"{func} changes the model's memory")
-            return func(*args, **kwargs)
-        names = set[str]()
-        for memory in touched.values():
-            memory.fail(f"{func} is done with it while the model is loaded")
-            names |= memory.names
-        if written:
-            for tensor in written:
-                self._taint(tensor, names, "it goes where values of a parameter go")
-            return written[0] if len(func._schema.returns) == 1 else tuple(written)
-        made = func(*_shapes(args), **{name: _shapes(value) for name, value in kwargs.items()})
-        results = list(tensors_in([made]))
-        if not results:
-            raise self._stop(f"{func} is done with a parameter while the model is loaded")
-        for tensor in results:
-            self._register(tensor, frozenset(names), known=False)
-        return made
+        if any(self.memory(tensor) for tensor in written) and func not in _CONSTANTS:
+            raise self._stop(f"{func} changes the model's memory")
+        return func(*args, **kwargs)
 
     def _taint(self, target: torch.Tensor, names: Iterable[str], problem: str) -> None:
         """What is written depends on values that are not known."""
         memory = self.memory(target)
         if memory is not None:
-            memory.names |= set(names)
             memory.fail(problem)
+            memory.add(Write(target), self._with_given(names))
             return
         found = self._stand_ins.get(storage_key(target))
         everyone = frozenset(names) | (found.names if found else frozenset())
@@ -325,12 +312,22 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         self._stand_ins[storage._cdata] = _StandIn(weak, names, **how)
 
     def _fail(self, names: Iterable[str], problem: str) -> None:
-        for name in names:
+        for name in self._with_given(names):
             self._whole.setdefault(name, problem)
 
+    def _with_given(self, names: Iterable[str]) -> set[str]:
+        """These names, and the one that the code was given last: it may be what makes it use the others."""
+        return {*names, self._given} if self._given is not None else set(names)
+
     def _stop(self, problem: str) -> _NotRecordable:
-        self._problem = self._problem or problem
+        if self._problem is None:
+            self._problem, self.blamed = problem, self._current
         return _NotRecordable(problem)
+
+    def _give_up(self, func: Any) -> _NotRecordable:
+        """What is done with values that are yet to come may be done because of any name."""
+        self.hopeless = True
+        return self._stop(f"{func} is done with a parameter while the model is loaded")
 
 
 def _shapes(value: Any) -> Any:

@@ -95,7 +95,8 @@ def staged_tensor(region: memoryview, start: int, nbytes: int, dtype: torch.dtyp
     import torch
 
     if not nbytes:
-        return torch.empty(0, dtype=dtype)
+        # The device is said: within `with torch.device(...)`, as engines load, torch would put it elsewhere.
+        return torch.empty(0, dtype=dtype, device="cpu")
     return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=nbytes).view(dtype)
 
 

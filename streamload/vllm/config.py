@@ -13,9 +13,9 @@ from streamload.units import parse_bytes
 
 __all__ = ["MODES", "ExtraConfig", "Mode"]
 
-Mode: TypeAlias = Literal["whole", "sharded"]
+Mode: TypeAlias = Literal["auto", "sliced", "whole", "sharded"]
 
-MODES: tuple[Mode, ...] = ("whole", "sharded")
+MODES: tuple[Mode, ...] = ("auto", "sliced", "whole", "sharded")
 
 # Those of a load's options that an engine's user may want to say; everything else follows from what vLLM says.
 _LOAD_OPTIONS = (
@@ -49,15 +49,16 @@ class ExtraConfig:
 
     Attributes:
         uri: Where the weights are; None: where vLLM's ``model`` says.
-        mode: ``"whole"``: an ordinary checkpoint, of which each rank reads all tensors. ``"sharded"``: files that are
-            one rank's each, as ``sharded_state`` has them.
+        mode: ``"sliced"``: an ordinary checkpoint, of which each rank reads what its part of the model takes.
+            ``"whole"``: one of which each rank reads all tensors. ``"auto"``: sliced, and whole where that cannot be.
+            ``"sharded"``: files that are one rank's each, as ``sharded_state`` has them.
         files: Globs of file names; only these files are read, whatever an index says. None: those that make the
             checkpoint.
         pattern: In the mode ``"sharded"``: what the files are called. None: as vLLM calls them.
         cast: In the mode ``"sharded"``: whether a tensor of another dtype than the model's is converted, rather than an
             error.
-        enable_weights_track: Whether a parameter of the model that the checkpoint does not fill is an error. None: in
-            the mode ``"whole"``, where the model is not quantized.
+        enable_weights_track: Whether a parameter of the model that the checkpoint does not fill is an error. None:
+            where the model is not quantized, and the mode is not ``"sharded"``.
         options: What was said of how to read, by the names that it has in `streamload.LoadOptions`.
     """
 

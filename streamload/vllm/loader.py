@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import streamload
 from streamload.checkpoint import Catalog
 from streamload.checkpoint.rank_files import PIPELINE_PATTERN, RANK_PATTERN
-from streamload.errors import StreamloadError
+from streamload.checkpoint.text import brief
+from streamload.errors import OptionError, StreamloadError
 from streamload.loader import open_stream
 from streamload.report import Report
+from streamload.slicing import fill_sliced
 from streamload.units import format_bytes, format_count, format_seconds
 from streamload.uris import scrub_uri
 from streamload.vllm.config import ExtraConfig, Mode
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["loader_class", "summary"]
+
+_Weights: TypeAlias = "Iterable[tuple[str, torch.Tensor]]"
 
 # Under which name each model was loaded: a URI that was given for it is not that of another model put in its place.
 _loaded: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
@@ -91,7 +95,12 @@ def loader_class() -> type:
             """
             _loaded.setdefault(model, model_config.model)
             # What becomes of each mode stands here, and nowhere else.
-            load = {"whole": self._load_whole, "sharded": self._load_sharded}[self._config.mode]
+            load = {
+                "auto": self._load_sliced,
+                "sliced": self._load_sliced,
+                "whole": self._load_whole,
+                "sharded": self._load_sharded,
+            }[self._config.mode]
             with telling():
                 load(model, model_config)
 
@@ -100,14 +109,8 @@ def loader_class() -> type:
 
             Each is an object and memory of its own, which the model may keep.
             """
-            primary = self._place(model_config, model)
-            foreign = expert_filter(model_config)
-            unused = getattr(model, "is_unused_checkpoint_weight", None)
-            overrides = getattr(model, "allow_patterns_overrides", None)
-            if overrides is not None and primary.globs is None:
-                primary = Place(primary.uri, primary.arguments, tuple(overrides), first=True)
-            unwanted = [each for each in (foreign, unused) if each is not None]
-            yield from self._tensors(primary, unwanted)
+            primary, foreign = self._primary(model_config, model), expert_filter(model_config)
+            yield from self._tensors(primary, self._unwanted(model_config, model))
             for source in getattr(model, "secondary_weights", ()):
                 place = secondary_place(source, primary, self.load_config, model_config)
                 yield from self._tensors(place, [] if foreign is None else [foreign])
@@ -122,24 +125,72 @@ def loader_class() -> type:
                 ranks=node_ranks(),
             )
 
+        def _primary(self, model_config: Any, model: torch.nn.Module) -> Place:
+            place = self._place(model_config, model)
+            overrides = getattr(model, "allow_patterns_overrides", None)
+            if overrides is not None and place.globs is None:
+                place = Place(place.uri, place.arguments, tuple(overrides), first=True)
+            return place
+
+        def _unwanted(self, model_config: Any, model: torch.nn.Module) -> list[Callable[[str], bool]]:
+            filters = expert_filter(model_config), getattr(model, "is_unused_checkpoint_weight", None)
+            return [each for each in filters if each is not None]
+
         def _load_whole(self, model: Any, model_config: Any) -> None:
+            uri = scrub_uri(self._place(model_config, model).uri)
+            with closing(self.get_all_weights(model_config, model)) as weights, self._noting(uri) as noted:
+                loaded = model.load_weights(noted(weights))
+            self._check(model, model_config, loaded, uri)
+
+        def _load_sliced(self, model: Any, model_config: Any) -> None:
+            place = self._primary(model_config, model)
+            with telling():
+                uris = place.uris()
+            if len(uris) > 1 or bool(getattr(model, "secondary_weights", None)):
+                problem = "the weights lie in several places"
+                if self._config.mode == "sliced":
+                    raise OptionError(f"mode='sliced' is not for this model: {problem}", uri=scrub_uri(place.uri))
+                logger.info("%s: %s: each rank reads them whole", scrub_uri(place.uri), problem)
+                self._load_whole(model, model_config)
+                return
+            uri, unwanted = scrub_uri(uris[0]), self._unwanted(model_config, model)
+            with self._progress() as progress, self._noting(uri) as noted:
+                found = fill_sliced(
+                    model,
+                    uris[0],
+                    place.options_with(device="cpu", order="file", progress=progress),
+                    lambda weights: model.load_weights(noted(weights)),
+                    wanted=lambda name: not any(each(name) for each in unwanted),
+                )
+            logger.info("Loaded %s", summary(found.report, "sliced"))
+            logger.info(
+                "Needed here: %s of %s", format_bytes(found.report.nbytes), format_bytes(found.checkpoint_bytes)
+            )
+            for problem, names in found.reasons.items():
+                logger.info("Read whole: %s: %s", brief(names), problem)
+            self._check(model, model_config, found.loaded, uri)
+
+        @contextmanager
+        def _noting(self, uri: str) -> Iterator[Callable[[_Weights], _Weights]]:
+            """Where the model does not take a tensor, have the log name it."""
             last = ""
 
-            def noted(weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            def noted(weights: _Weights) -> _Weights:
                 nonlocal last
                 for name, tensor in weights:
                     last = name
                     yield name, tensor
 
-            uri = scrub_uri(self._place(model_config, model).uri)
-            with closing(self.get_all_weights(model_config, model)) as weights:
-                try:
-                    loaded = model.load_weights(noted(weights))
-                except StreamloadError:
-                    raise
-                except Exception as error:
-                    logger.error("%s: the model did not take tensor %r: %s %s", uri, last, type(error).__name__, error)
-                    raise
+            try:
+                yield noted
+            except StreamloadError:
+                raise
+            except Exception as error:
+                logger.error("%s: the model did not take tensor %r: %s %s", uri, last, type(error).__name__, error)
+                raise
+
+        def _check(self, model: Any, model_config: Any, loaded: Any, uri: str) -> None:
+            """See whether the model has got all of its weights."""
             quantized = model_config.quantization is not None
             track = self._config.enable_weights_track
             if loaded is not None and (not quantized if track is None else track):

@@ -29,6 +29,11 @@ class Conflict(Exception):
 class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation, and knows which of its tensors are in the model's memory."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Asked by torch: to skip it, torch would import it, which takes a second."""
+        return False
+
     def __init__(self, memories: dict[int, Memory]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.memories = memories

@@ -76,7 +76,7 @@ def loader_class() -> type:
 
         def __init__(self, load_config: Any) -> None:
             super().__init__(load_config)
-            mode: Mode = REPLACEABLE.get(load_config.load_format, "whole")
+            mode: Mode = REPLACEABLE.get(load_config.load_format, "auto")
             with telling():
                 self._config = ExtraConfig.parse(load_config.model_loader_extra_config, mode=mode)
 
@@ -162,10 +162,8 @@ def loader_class() -> type:
                     lambda weights: model.load_weights(noted(weights)),
                     wanted=lambda name: not any(each(name) for each in unwanted),
                 )
-            logger.info("Loaded %s", summary(found.report, "sliced"))
-            logger.info(
-                "Needed here: %s of %s", format_bytes(found.report.nbytes), format_bytes(found.checkpoint_bytes)
-            )
+            needed, of = found.report.nbytes, found.checkpoint_bytes
+            logger.info("Loaded %s; %s needed of %s", summary(found.report, "sliced"), *map(format_bytes, (needed, of)))
             for problem, names in found.reasons.items():
                 logger.info("Read whole: %s: %s", brief(names), problem)
             self._check(model, model_config, found.loaded, uri)

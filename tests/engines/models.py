@@ -12,10 +12,8 @@ from safetensors.torch import save_file
 
 __all__ = ["Llama", "Mixtral", "Qwen2"]
 
-_INTERMEDIATE = 128
 _LAYERS = 2
 _QUERY_HEADS = 4
-_HEAD_SIZE = 32  # the smallest that vLLM's attention on the CPU has
 _EXPERTS = 4
 
 
@@ -28,12 +26,16 @@ class Llama:
         tied: Whether its head is its embedding.
         vocabulary: How many tokens it knows. A multiple of 128 is not padded where two ranks share it.
         hidden: How many numbers a token is between the layers.
+        intermediate: How many it is within an MLP.
+        head_size: How many each head has. 32 is the least that vLLM's attention on the CPU has.
     """
 
     kv_heads: int = 2
     tied: bool = False
     vocabulary: int = 256
     hidden: int = 64
+    intermediate: int = 128
+    head_size: int = 32
 
     def write(self, folder: Path, *, weights: bool = True) -> None:
         """Make a folder with its config and, unless they are not wanted, its weights: the same ones every time."""
@@ -64,11 +66,11 @@ class Llama:
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
             "hidden_size": self.hidden,
-            "intermediate_size": _INTERMEDIATE,
+            "intermediate_size": self.intermediate,
             "num_hidden_layers": _LAYERS,
             "num_attention_heads": _QUERY_HEADS,
             "num_key_value_heads": self.kv_heads,
-            "head_dim": _HEAD_SIZE,
+            "head_dim": self.head_size,
             "vocab_size": self.vocabulary,
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
@@ -79,19 +81,19 @@ class Llama:
 
     def _layer(self) -> dict[str, tuple[int, ...]]:
         return self._attention() | {
-            "mlp.gate_proj.weight": (_INTERMEDIATE, self.hidden),
-            "mlp.up_proj.weight": (_INTERMEDIATE, self.hidden),
-            "mlp.down_proj.weight": (self.hidden, _INTERMEDIATE),
+            "mlp.gate_proj.weight": (self.intermediate, self.hidden),
+            "mlp.up_proj.weight": (self.intermediate, self.hidden),
+            "mlp.down_proj.weight": (self.hidden, self.intermediate),
             "input_layernorm.weight": (self.hidden,),
             "post_attention_layernorm.weight": (self.hidden,),
         }
 
     def _attention(self) -> dict[str, tuple[int, ...]]:
         return {
-            "self_attn.q_proj.weight": (_QUERY_HEADS * _HEAD_SIZE, self.hidden),
-            "self_attn.k_proj.weight": (self.kv_heads * _HEAD_SIZE, self.hidden),
-            "self_attn.v_proj.weight": (self.kv_heads * _HEAD_SIZE, self.hidden),
-            "self_attn.o_proj.weight": (self.hidden, _QUERY_HEADS * _HEAD_SIZE),
+            "self_attn.q_proj.weight": (_QUERY_HEADS * self.head_size, self.hidden),
+            "self_attn.k_proj.weight": (self.kv_heads * self.head_size, self.hidden),
+            "self_attn.v_proj.weight": (self.kv_heads * self.head_size, self.hidden),
+            "self_attn.o_proj.weight": (self.hidden, _QUERY_HEADS * self.head_size),
         }
 
 
@@ -101,7 +103,7 @@ class Qwen2(Llama):
 
     tied: bool = True
     # This one's heads have their share of it.
-    hidden: int = _QUERY_HEADS * _HEAD_SIZE
+    hidden: int = _QUERY_HEADS * 32
 
     def _config(self) -> dict[str, Any]:
         return super()._config() | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
@@ -118,7 +120,7 @@ class Qwen2(Llama):
 class Mixtral(Llama):
     """With experts."""
 
-    hidden: int = _QUERY_HEADS * _HEAD_SIZE
+    hidden: int = _QUERY_HEADS * 32
 
     def _config(self) -> dict[str, Any]:
         experts = {"num_local_experts": _EXPERTS, "num_experts_per_tok": 2}
@@ -131,7 +133,7 @@ class Mixtral(Llama):
             "post_attention_layernorm.weight": (self.hidden,),
         }
         for expert in range(_EXPERTS):
-            for name, shape in {"w1": (_INTERMEDIATE, self.hidden), "w2": (self.hidden, _INTERMEDIATE)}.items():
+            for name, shape in {"w1": (self.intermediate, self.hidden), "w2": (self.hidden, self.intermediate)}.items():
                 shapes[f"block_sparse_moe.experts.{expert}.{name}.weight"] = shape
-            shapes[f"block_sparse_moe.experts.{expert}.w3.weight"] = (_INTERMEDIATE, self.hidden)
+            shapes[f"block_sparse_moe.experts.{expert}.w3.weight"] = (self.intermediate, self.hidden)
         return shapes

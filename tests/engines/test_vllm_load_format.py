@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
 import streamload
+from streamload.units import format_bytes
 from streamload.vllm import register
 from tests.checkpoints import same_tensor
 from tests.engines.models import Llama, Mixtral, Qwen2
@@ -27,7 +29,7 @@ _TP = Rank(tp_size=_SIZE, pp_size=1)
 _PP = Rank(tp_size=1, pp_size=_SIZE)
 _MODELS = {"llama": Llama(), "qwen2": Qwen2(), "mixtral": Mixtral()}
 # Those that load an ordinary checkpoint.
-_MODES = ["whole"]
+_MODES = ["whole", "sliced"]
 # Alive until the last test: the first engine that goes takes the ranks' groups along.
 _ENGINES: list[LLM] = []
 
@@ -104,6 +106,24 @@ def test_every_parameter_is_vllms_own(model: Llama, mode: str, ranks: Rank, shar
         ranks.loaded(folder, "streamload", mode=mode).state_dict(),
         ranks.loaded(folder).state_dict(),
     )
+
+
+def test_a_rank_reads_its_slices(model: Llama, shared: Path, log: Callable[[], list[str]]) -> None:
+    """Of rows as long as those of real models: shorter ones are read along."""
+    wide = replace(model, hidden=512, intermediate=512, head_size=128, vocabulary=8192)
+    folder = written(wide, shared / "model")
+    _TP.join(folder)
+    into = _TP.empty(folder)
+    with _TP.loading(folder, "auto"):
+        found = streamload.load_sliced(into, folder)
+    check(into.state_dict(), _TP.loaded(folder).state_dict())
+    assert found.whole == {}
+    read_bytes = found.report.fetched_bytes - found.report.header_bytes
+    assert max(found.report.nbytes, read_bytes) < {1: 1.001, 2: 0.6}[_SIZE] * found.checkpoint_bytes
+    # The mode is the same when nobody says which.
+    check(_TP.loaded(folder, "streamload").state_dict(), into.state_dict())
+    (line,) = log()
+    assert line.endswith(f"needed of {format_bytes(found.checkpoint_bytes)}")
 
 
 def test_tensors_are_the_models_own(shared: Path) -> None:

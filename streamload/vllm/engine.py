@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamload
 from streamload.events import Progress
 
-__all__ = ["Bar", "expert_filter", "is_draft", "is_first_rank", "node_ranks", "ranks"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Bar", "expert_filter", "is_draft", "is_first_rank", "node_ranks", "ranks", "untied_embedding"]
 
 # As vLLM draws its bars: a line each time, since the output of several processes is mixed.
 _BAR_FORMAT = "{desc}: {percentage:3.0f}% completed | {n_fmt}B/{total_fmt}B [{elapsed}<{remaining}, {rate_fmt}]\n"
@@ -69,6 +72,22 @@ def expert_filter(model_config: Any) -> Callable[[str], bool] | None:
         placement=parallel.expert_placement_strategy,
     )
     return None if experts is None else lambda name: bool(should_skip_weight(name, experts))
+
+
+def untied_embedding(model: torch.nn.Module, model_config: Any) -> tuple[str, str] | None:
+    """The parameters of a model's embedding and of its head, where vLLM has parted the two; None elsewhere.
+
+    It does that where a head lies in the checkpoint although the config says that they are one; and ties them again
+    when they turn out to be equal. But in a pre-sharded checkpoint the one is there under the head's name only.
+    """
+    if not getattr(model_config, "word_embeddings_untied_by_checkpoint", False):
+        return None
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, VocabParallelEmbedding)]
+    heads = [f"{name}.weight" for name, module in found if isinstance(module, ParallelLMHead)]
+    embeddings = [f"{name}.weight" for name, module in found if not isinstance(module, ParallelLMHead)]
+    return (embeddings[0], heads[0]) if len(heads) == len(embeddings) == 1 else None
 
 
 class Bar:

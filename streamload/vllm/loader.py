@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -13,14 +14,14 @@ import streamload
 from streamload.checkpoint import Catalog
 from streamload.checkpoint.rank_files import PIPELINE_PATTERN, RANK_PATTERN
 from streamload.checkpoint.text import brief
-from streamload.errors import OptionError, StreamloadError
+from streamload.errors import MismatchError, OptionError, StreamloadError
 from streamload.loader import open_stream
 from streamload.report import Report
 from streamload.slicing import fill_sliced
 from streamload.units import format_bytes, format_count, format_seconds
 from streamload.uris import scrub_uri
 from streamload.vllm.config import ExtraConfig, Mode
-from streamload.vllm.engine import Bar, expert_filter, is_draft, is_first_rank, node_ranks, ranks
+from streamload.vllm.engine import Bar, expert_filter, is_draft, is_first_rank, node_ranks, ranks, untied_embedding
 from streamload.vllm.places import Place, keep, place_of, secondary_place
 from streamload.vllm.plugin import REPLACEABLE
 from streamload.vllm.tracking import check_loaded
@@ -199,15 +200,28 @@ def loader_class() -> type:
             # Said, although it is the default: where no file is called so, that is an error.
             pattern = self._config.pattern or (RANK_PATTERN if rank.pp_size == 1 else PIPELINE_PATTERN)
             arguments = place.arguments | {"rank": rank, "pattern": pattern}
+            untied = untied_embedding(model, model_config)
+            try:
+                report = self._into(model, place.uri, arguments)
+            except MismatchError as error:
+                # Nothing was read yet.
+                if untied is None or error.missing != untied[:1] or error.unexpected:
+                    raise
+                embedding, head = map(model.get_parameter, untied)
+                report = self._into(model, place.uri, arguments | {"exclude": [glob.escape(untied[0])]})
+                embedding.data.copy_(head.data)
+            logger.info("Loaded %s", summary(report, "sharded"))
+
+        def _into(self, model: torch.nn.Module, uri: str, arguments: dict[str, Any]) -> Report:
             with self._progress() as progress, warnings.catch_warnings(record=True) as warned:
                 warnings.simplefilter("always")
                 # vLLM itself ends all ranks where one fails.
                 report = streamload.load_into(
-                    model, place.uri, cast=self._config.cast, peers=False, progress=progress, **arguments
+                    model, uri, cast=self._config.cast, peers=False, progress=progress, **arguments
                 )
             for warning in warned:
                 logger.warning("%s: %s", report.uri, warning.message)
-            logger.info("Loaded %s", summary(report, "sharded"))
+            return report
 
         def _tensors(self, place: Place, unwanted: list[Callable[[str], bool]]) -> Iterator[tuple[str, torch.Tensor]]:
             def accept(catalog: Catalog, _: Catalog) -> Catalog:

@@ -23,7 +23,7 @@ settings.load_profile("streamload")
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_LEVEL": "INFO",
     # Of the plugins this one, and no processes beside torchrun's.
     "VLLM_PLUGINS": "streamload",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -60,9 +60,12 @@ class Rank:
             init_distributed_environment(backend="gloo")
             initialize_model_parallel(self.tp_size, self.pp_size, backend="gloo")
 
-    def empty(self, folder: Path) -> torch.nn.Module:
-        """A model of the shape that a folder's config says, filled with a number that no checkpoint has."""
-        config = self._config(folder)
+    def empty(self, folder: Path, load_format: str = "auto", **extra: Any) -> torch.nn.Module:
+        """A model of the shape that a folder's config says, filled with a number that no checkpoint has.
+
+        The load format plays a part: vLLM looks into a checkpoint to see whether a head is tied, but into some not.
+        """
+        config = self._config(folder, load_format, **extra)
         with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
             model: torch.nn.Module = initialize_model(vllm_config=config)
         for tensor in model.state_dict().values():
@@ -71,7 +74,7 @@ class Rank:
 
     def loaded(self, folder: Path, load_format: str = "auto", **extra: Any) -> torch.nn.Module:
         """A model, with the folder's weights in it: by the loader that vLLM has for the format."""
-        model = self.empty(folder)
+        model = self.empty(folder, load_format, **extra)
         with self.loading(folder, load_format, **extra) as (loader, config):
             loader.load_weights(model, config)
         return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +56,6 @@ def ranks(request: pytest.FixtureRequest) -> Rank:
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """What the plugin says in the engine's log; asked again, what it has said since."""
-    caplog.set_level(logging.INFO, "vllm.streamload")
 
     def said() -> list[str]:
         lines = [record.getMessage() for record in caplog.records if record.name == "vllm.streamload"]

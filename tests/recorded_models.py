@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import nn
@@ -22,8 +23,9 @@ def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter(torch.full(shape, -77, dtype=dtype), requires_grad=False)
 
 
+@cache
 def checkpoint() -> dict[str, torch.Tensor]:
-    """A whole one."""
+    """A whole one, the same for all."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -65,6 +67,8 @@ class Decoder(nn.Module):
         rank: Which one.
         world: Of how many: 1, 2 or 4.
     """
+
+    doubled: torch.Tensor
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         super().__init__()

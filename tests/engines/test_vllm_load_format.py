@@ -163,8 +163,10 @@ def test_engines_generate_the_same(name: str, shared: Path, bucket: str, log: Ca
     assert len(set(expected)) > 1
     nbytes = streamload.inspect(folder).plan.tensor_bytes
     for mode in _MODES:
+        # Parts of an object have nothing in S3 that they could be compared with.
+        verify = "require" if mode == "whole" or _SIZE == 1 else "auto"
         assert generated(folder, "streamload", mode=mode) == expected
-        assert generated(config, "streamload", mode=mode, uri=uri, concurrency=4, verify="require") == expected
+        assert generated(config, "streamload", mode=mode, uri=uri, concurrency=4, verify=verify) == expected
         disk, s3 = log()
         assert f"{folder}, mode {mode}" in disk
         assert f"{uri}, mode {mode}" in s3

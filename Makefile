@@ -4,7 +4,7 @@
 #   make test        lint, types, tests: whatever needs no root, no GPU and nothing but Python packages
 #   make test-all    the same, then the built wheel in environments of its own, the demo, root-test and cloud-test
 #   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
-#   make vllm-test   checkpoints that streamload and a real vLLM exchange, in an environment of its own: x86-64, 2 GB
+#   make vllm-test   streamload in a real vLLM, in an environment of its own: x86-64, 2 GB
 #
 #   make cloud-test  the tests of gs:// and az://, against emulators; needs root, and npm for one of them
 #

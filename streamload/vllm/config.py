@@ -101,6 +101,22 @@ class ExtraConfig:
             raise OptionError(f"model_loader_extra_config: {error.cause}") from None
         return parsed
 
+    @classmethod
+    def parse_foreign(cls, given: object, *, mode: Mode) -> ExtraConfig:
+        """The same where this stands in the place of a load format of Run:ai's, whose keys are understood, too.
+
+        Its memory limit is a number of bytes, -1 for none, or 0; its ``distributed`` is left out.
+
+        Raises:
+            OptionError: As `parse`.
+        """
+        if isinstance(given, Mapping):
+            limit = given.get("memory_limit")
+            given = {name: value for name, value in given.items() if name not in ("distributed", "memory_limit")}
+            if isinstance(limit, int) and limit > 0:
+                given.setdefault("memory_bytes", limit)
+        return cls.parse(given, mode=mode)
+
     def __post_init__(self) -> None:
         _check(self.mode in MODES, "mode", self.mode, " or ".join(map(repr, MODES)))
         for name in ("uri", "pattern"):

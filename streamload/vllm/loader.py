@@ -20,7 +20,7 @@ from streamload.report import Report
 from streamload.slicing import fill_sliced
 from streamload.units import format_bytes, format_count, format_seconds
 from streamload.uris import scrub_uri
-from streamload.vllm.config import ExtraConfig, Mode
+from streamload.vllm.config import ExtraConfig
 from streamload.vllm.engine import Bar, expert_filter, is_draft, is_first_rank, node_ranks, ranks, untied_embedding
 from streamload.vllm.places import Place, keep, place_of, secondary_place
 from streamload.vllm.plugin import REPLACEABLE
@@ -77,9 +77,12 @@ def loader_class() -> type:
 
         def __init__(self, load_config: Any) -> None:
             super().__init__(load_config)
-            mode: Mode = REPLACEABLE.get(load_config.load_format, "auto")
+            given, instead = load_config.model_loader_extra_config, REPLACEABLE.get(load_config.load_format)
             with telling():
-                self._config = ExtraConfig.parse(load_config.model_loader_extra_config, mode=mode)
+                if instead is None:
+                    self._config = ExtraConfig.parse(given)
+                else:
+                    self._config = ExtraConfig.parse_foreign(given, mode=instead)
 
         def download_model(self, model_config: Any) -> None:
             """Look whether the weights can be had. Nothing is downloaded ahead: loading streams them."""

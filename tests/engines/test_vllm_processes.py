@@ -40,5 +40,5 @@ def test_the_log_says_why_an_engine_did_not_start(tmp_path: Path, bucket: str) -
     said = [line for line in done.stdout.splitlines() if "Loading weights failed: " in line]
     assert said, done.stdout
     for line in said:
-        assert "(EngineCore" in line
+        assert "(Worker" in line
         assert f"Loading weights failed: s3://{bucket}/nothing-here: " in line

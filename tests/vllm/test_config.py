@@ -74,6 +74,14 @@ def test_what_makes_no_sense_is_one_error(given: Any, said: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_keys_of_the_format_that_it_stands_for() -> None:
+    given = {"distributed": True, "memory_limit": 64 << 20, "concurrency": 8}
+    assert ExtraConfig.parse_foreign(given, mode="whole").options == {"memory_bytes": 64 << 20, "concurrency": 8}
+    assert ExtraConfig.parse_foreign({"memory_limit": -1}, mode="sharded").options == {}
+    with pytest.raises(OptionError, match="has no key 'distribute'"):
+        ExtraConfig.parse_foreign({"distribute": True}, mode="whole")
+
+
 def test_what_lies_below_a_uri() -> None:
     assert below("/models/llama/", "head.safetensors") == "/models/llama/head.safetensors"
     assert below("https://host/m?token=1", "head.safetensors") == "https://host/m/head.safetensors?token=1"

@@ -28,7 +28,7 @@ _MAY_IMPORT = {
     # Which tensors have memory, and which share it, is asked where they are filled and where they are saved.
     "sinks": {*_BOTTOM, "checkpoint", "plan", "shared_memory"},
     # What it finds out is where elements go, and that is the sinks' matter; whose code it runs is the caller's.
-    "recording": {*_BOTTOM, "checkpoint", "plan", "sinks", "slicing"},
+    "recording": {*_BOTTOM, "checkpoint", "plan", "shared_memory", "sinks", "slicing"},
     # The two contracts, and no concrete source or sink.
     "pipeline": {*_BOTTOM, "checkpoint", "plan", "report", "sources.base", "sinks.base"},
     # A file's layout and checksums are the checkpoint's; S3 is asked as it is for reading.

@@ -15,7 +15,7 @@ from torch import nn
 
 import streamload
 from streamload.errors import NotFoundError, OptionError, StreamloadError
-from tests.checkpoints import same_tensor
+from tests.checkpoints import same_tensor, wrapped
 from tests.recorded_models import Decoder, checkpoint, poisoned
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -313,6 +313,15 @@ def test_a_model_without_memory_is_given_everything_whole(norms: tuple[Path, dic
     assert loaded.loaded is None
     for name, tensor in tensors.items():
         assert same_tensor(getattr(model, name.replace(".", "_")).data, tensor)
+
+
+def test_a_parameter_that_wraps_others_makes_everything_whole(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, tensors = norms
+    model = Norms(lambda *_: None)
+    model.register_buffer("strange", wrapped())
+    loaded = streamload.load_sliced(model, folder)
+    assert set(loaded.reasons) == {"'strange' of a Norms has no memory of its own"}
+    assert same_tensor(model.two.other.data, tensors["two.other"])
 
 
 def test_what_the_model_refuses_is_its_own_error(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from streamload.recording.memory import Memory
+from streamload.shared_memory import has_memory
 
 __all__ = ["ModelState"]
 
@@ -20,7 +21,8 @@ class ModelState:
 
     Attributes:
         problem: Why it cannot be recorded at all, if it cannot.
-        memories: The model's storages, by their address in torch.
+        storages: The model's storages, by their address in torch.
+        owners: The modules whose parameters or buffers lie in each of them.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -37,6 +39,8 @@ class ModelState:
                     self.problem = f"{name!r} of a {type(module).__name__} is no dense tensor yet"
                 elif tensor.is_meta:
                     self.problem = f"{name!r} of a {type(module).__name__} is on the meta device"
+                elif hasattr(tensor, "to_local") or not has_memory(tensor):
+                    self.problem = f"{name!r} of a {type(module).__name__} has no memory of its own"
                 else:
                     alias = tensor.detach()
                     self._tensors[tensor] = alias, _Attributes(tensor)

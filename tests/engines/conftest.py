@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,10 +30,10 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Ranks run wherever the kernel puts them.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # Each another: ranks that find no common shared memory go by gloo, and sleep while they wait instead of spinning.
-    "VLLM_DIST_IDENT": os.environ["RANK"],
 }
 
+
+_ASSETS = tempfile.TemporaryDirectory()
 
 # They start processes of their own, with as many ranks as they need.
 collect_ignore = [] if os.environ["WORLD_SIZE"] == "1" else ["test_vllm_processes.py"]
@@ -40,16 +41,19 @@ collect_ignore = [] if os.environ["WORLD_SIZE"] == "1" else ["test_vllm_processe
 
 def pytest_configure() -> None:
     os.environ.update(_ENVIRONMENT)
+    # Each rank its own: they would write the same files.
+    os.environ["VLLM_ASSETS_CACHE"] = _ASSETS.name
     dist.init_process_group("gloo")
 
 
 def pytest_unconfigure() -> None:
+    _ASSETS.cleanup()
     if dist.is_initialized():  # vLLM's engines take it along when they end
         dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
+def bucket(request: pytest.FixtureRequest) -> Iterator[str]:
     """An S3 bucket's name, the same one on every rank, in a server that rank 0 runs; the environment names it."""
     with contextlib.ExitStack() as stack:
         told: list[dict[str, str] | None] = [None]
@@ -64,7 +68,8 @@ def bucket() -> Iterator[str]:
         for name, value in told[0].items():
             patch.setenv(name, value)
         yield "models"
-        dist.barrier()  # the server is there until all are done with it
+        if not request.session.testsfailed:  # else torchrun ends the others, who may never come here
+            dist.barrier()  # the server is there until all are done with it
 
 
 @pytest.fixture

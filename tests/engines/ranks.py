@@ -6,6 +6,7 @@ save then is not what its loader wants. So models are looked at, saved and loade
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,18 +50,21 @@ class Rank:
         """Which rank of how many, as streamload takes it."""
         return {"rank": dist.get_rank(), "world_size": self.tp_size * self.pp_size, "pp_size": self.pp_size}
 
-    def join(self, folder: Path) -> None:
+    def join(self, folder: Path | str) -> None:
         """Have vLLM group the ranks.
 
         Args:
             folder: A model's; it does not matter which.
         """
+        # Each rank another, and anew, since engines change it: ranks that find no common shared memory go by gloo, and
+        # sleep while they wait instead of spinning. Its name would not be this run's alone, either.
+        os.environ["VLLM_DIST_IDENT"] = os.environ["RANK"]
         with set_current_vllm_config(self._config(folder)):
             destroy_model_parallel()
             init_distributed_environment(backend="gloo")
             initialize_model_parallel(self.tp_size, self.pp_size, backend="gloo")
 
-    def empty(self, folder: Path, load_format: str = "auto", **extra: Any) -> torch.nn.Module:
+    def empty(self, folder: Path | str, load_format: str = "auto", **extra: Any) -> torch.nn.Module:
         """A model of the shape that a folder's config says, filled with a number that no checkpoint has.
 
         The load format plays a part: vLLM looks into a checkpoint to see whether a head is tied, but into some not.
@@ -72,7 +76,7 @@ class Rank:
             tensor.fill_(-77)
         return model
 
-    def loaded(self, folder: Path, load_format: str = "auto", **extra: Any) -> torch.nn.Module:
+    def loaded(self, folder: Path | str, load_format: str = "auto", **extra: Any) -> torch.nn.Module:
         """A model, with the folder's weights in it: by the loader that vLLM has for the format."""
         model = self.empty(folder, load_format, **extra)
         with self.loading(folder, load_format, **extra) as (loader, config):
@@ -80,19 +84,19 @@ class Rank:
         return model
 
     @contextmanager
-    def loading(self, folder: Path, load_format: str, **extra: Any) -> Iterator[tuple[Any, Any]]:
+    def loading(self, folder: Path | str, load_format: str, **extra: Any) -> Iterator[tuple[Any, Any]]:
         """A loader of vLLM's, and the model's config that it wants to see; vLLM is configured meanwhile."""
         config = self._config(folder, load_format, **extra)
         with set_current_vllm_config(config):
             yield get_model_loader(config.load_config), config.model_config
 
     def arguments(
-        self, folder: Path, load_format: str = "auto", *, engine: dict[str, Any] | None = None, **extra: Any
+        self, folder: Path | str, load_format: str = "auto", *, engine: dict[str, Any] | None = None, **extra: Any
     ) -> dict[str, Any]:
         """What vLLM is told of a model and of the ranks that have it.
 
         Args:
-            folder: The model's.
+            folder: The model's, or a URI.
             load_format: How it is loaded.
             engine: What the engine is told beside that.
             **extra: What the loader is told.
@@ -110,5 +114,5 @@ class Rank:
             **(engine or {}),
         }
 
-    def _config(self, folder: Path, load_format: str = "auto", **extra: Any) -> VllmConfig:
+    def _config(self, folder: Path | str, load_format: str = "auto", **extra: Any) -> VllmConfig:
         return EngineArgs(**self.arguments(folder, load_format, **extra)).create_engine_config()

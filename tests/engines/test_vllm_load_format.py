@@ -177,6 +177,27 @@ def test_engines_generate_the_same(name: str, shared: Path, bucket: str, log: Ca
     assert log()[-1].startswith(f"Loaded {config}, mode sharded")
 
 
+def test_an_object_uri_as_the_model(
+    shared: Path, bucket: str, log: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of Run:ai's format: vLLM takes such a URI with no other."""
+    uri = f"s3://{bucket}/object-uri"
+    folder = written(Llama(), shared / "model", uri=uri)
+    if dist.get_rank() == 0:
+        stored(folder / "config.json", uri)
+    dist.barrier()
+    _TP.join(folder)
+    with pytest.raises(ValueError, match="load a model from object storage"):
+        _TP.empty(uri, "streamload")
+    monkeypatch.setenv("STREAMLOAD_VLLM_REPLACES", "runai_streamer")
+    register()
+    check(
+        _TP.loaded(uri, memory_limit=64 << 20, distributed=True).state_dict(),
+        _TP.loaded(folder).state_dict(),
+    )
+    assert log()[-1].startswith(f"Loaded {uri}, mode whole")
+
+
 def test_what_else_a_model_asks_for(shared: Path) -> None:
     """Secondary weights with a prefix, out of another folder and the same; files of its own choice; tensors unused."""
     folder = written(Llama(), shared / "model")
@@ -292,7 +313,7 @@ def test_what_a_model_refuses_is_named(shared: Path, log: Callable[[], list[str]
         save_file(tensors, folder / "model.safetensors")
     dist.barrier()
     _TP.join(folder)
-    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+    with pytest.raises((AssertionError, IndexError, ValueError, RuntimeError)):
         _TP.loaded(folder, "streamload")
     assert f"{folder}: the model did not take tensor 'model.layers.0.mlp.down_proj.weight': " in log()[-1]
 

@@ -97,6 +97,8 @@ def place_of(config: ExtraConfig, load_config: Any, model_config: Any, *, given_
     """
     named = config.uri if given_uri else None
     arguments = config.arguments(ranks)
+    if not given_uri:
+        arguments = _elsewhere(arguments)
     if named is not None:
         uri, revision = named, None
     else:
@@ -117,8 +119,7 @@ def secondary_place(source: Any, primary: Place, load_config: Any, model_config:
     if source.model_or_path == model_config.model:
         place = replace(primary, globs=None)
     else:
-        arguments = {name: value for name, value in primary.arguments.items() if name not in _OF_THE_HUB}
-        place = _place(source.model_or_path, source.revision, arguments, load_config)
+        place = _place(source.model_or_path, source.revision, _elsewhere(primary.arguments), load_config)
     if source.subfolder:
         place = replace(place, uri=below(place.uri, source.subfolder))
     globs = source.allow_patterns_overrides
@@ -141,11 +142,14 @@ def below(uri: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}{separator}{query}"
 
 
-_OF_THE_HUB = ("revision", "download_dir", "ignore_patterns")
+def _elsewhere(arguments: dict[str, Any]) -> dict[str, Any]:
+    """How to read from another place than the one that the user has described."""
+    of_the_place = ("source", "cache", "revision", "download_dir", "ignore_patterns")
+    return {name: value for name, value in arguments.items() if name not in of_the_place}
 
 
 def _place(uri: str, revision: str | None, arguments: dict[str, Any], load_config: Any) -> Place:
-    if "://" not in uri and not os.path.exists(uri):
+    if "://" not in uri and not uri.startswith(("/", ".")) and not os.path.exists(uri):
         if _uses_modelscope():
             raise OptionError("models of ModelScope are not read: give the weights' uri", uri=uri)
         uri = f"hf://{uri}"
@@ -160,8 +164,10 @@ def _place(uri: str, revision: str | None, arguments: dict[str, Any], load_confi
 
 
 def _uses_modelscope() -> bool:
-    from vllm import envs
-
+    try:
+        from vllm import envs
+    except ImportError:
+        return False
     return bool(getattr(envs, "VLLM_USE_MODELSCOPE", False))
 
 

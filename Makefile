@@ -5,7 +5,7 @@
 #   make test-all    the same, then the built wheel in environments of its own, the demo, root-test, cloud-test and
 #                    image-test
 #   make root-test   the tests that need root and, of Debian's packages, nginx with its JavaScript module
-#   make vllm-test   checkpoints that streamload and a real vLLM exchange, in an environment of its own: x86-64, 2 GB
+#   make vllm-test   streamload in a real vLLM, in an environment of its own: x86-64, 2 GB
 #
 #   make cloud-test  the tests of gs:// and az://, against emulators; needs root, and npm for one of them
 #   make image-test  builds the Dockerfile's image `init` and runs it as a kubelet would; needs root and Debian 12

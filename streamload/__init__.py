@@ -69,6 +69,7 @@ from streamload.saving import SavedShards, save_sharded
 from streamload.service import ServeArguments
 from streamload.serving import serve_checkpoint
 from streamload.sharding import ShardedCheckpoint, shard
+from streamload.slicing import LoadWeights, SlicedLoad, load_sliced
 from streamload.stage import StageArguments, Staged
 from streamload.staging import stage_checkpoint
 from streamload.trace import Trace
@@ -99,6 +100,7 @@ __all__ = [
     "IndexFileError",
     "Inspection",
     "LoadOptions",
+    "LoadWeights",
     "ManifestError",
     "MemoryLimitError",
     "MismatchError",
@@ -124,6 +126,7 @@ __all__ = [
     "Shard",
     "ShardFile",
     "ShardedCheckpoint",
+    "SlicedLoad",
     "SourceError",
     "StageArguments",
     "Staged",
@@ -142,6 +145,7 @@ __all__ = [
     "inspect",
     "load",
     "load_into",
+    "load_sliced",
     "open",
     "save_sharded",
     "serve_checkpoint",

@@ -20,7 +20,7 @@ from streamload.uris import scrub_uri
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_into"]
+__all__ = ["load_into", "say_undefined"]
 
 
 def load_into(
@@ -85,7 +85,7 @@ def load_into(
         if others is not None:
             others.failed(error)
         if into is not None:
-            into.say_undefined(error)
+            say_undefined(into.sink, error, "load_into")
         raise
     finally:
         if others is not None:
@@ -117,7 +117,7 @@ class _Into:
             ignore_unexpected=ignore_unexpected,
             wanted=name_filter(resolved.include, resolved.exclude),
         )
-        self._sink: ParametersSink | None = None
+        self.sink: ParametersSink | None = None
         self.load = Load(
             os.fspath(uri),
             resolved,
@@ -145,17 +145,18 @@ class _Into:
     def _make_sink(
         self, *, memory_bytes: int, read_bytes: int, concurrency: int, congruence_bytes: int = 1
     ) -> ParametersSink:
-        self._sink = ParametersSink(self._targets.find, memory_bytes, congruence_bytes=congruence_bytes)
-        return self._sink
+        self.sink = ParametersSink(self._targets.find, memory_bytes, congruence_bytes=congruence_bytes)
+        return self.sink
 
-    def say_undefined(self, error: BaseException) -> None:
-        """The load has failed: where something may have been written, have the error say so."""
-        if self._sink is None or not self._sink.touched:
-            return
-        remark = "the content of the tensors that were to be filled is now undefined"
-        if self._sink.quarantined_bytes:
-            remark += ", and a read that hangs may still write into them"
-        if isinstance(error, StreamloadError):
-            error.remark(remark)
-        else:
-            error.add_note(f"load_into: {remark}")
+
+def say_undefined(sink: ParametersSink | None, error: BaseException, what: str) -> None:
+    """A load has failed: where something may have been written, have the error say so."""
+    if sink is None or not sink.touched:
+        return
+    remark = "the content of the tensors that were to be filled is now undefined"
+    if sink.quarantined_bytes:
+        remark += ", and a read that hangs may still write into them"
+    if isinstance(error, StreamloadError):
+        error.remark(remark)
+    else:
+        error.add_note(f"{what}: {remark}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack, cast
@@ -23,7 +23,7 @@ from streamload.pipeline.hedge import HedgePolicy, Hedger
 from streamload.pipeline.pace import Pace
 from streamload.pipeline.run import Pipeline
 from streamload.plan import Plan
-from streamload.planning import PlannedLoad, plan_load, source_for
+from streamload.planning import Accept, PlannedLoad, plan_load, source_for
 from streamload.progress import watch
 from streamload.report import Recorder, Report, State
 from streamload.sinks import MakeSink, NamedTensor, sink_for
@@ -32,7 +32,7 @@ from streamload.uris import scrub_uri
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AsyncStream", "Load", "Stream", "load", "open", "resolve_options", "stream"]
+__all__ = ["AsyncStream", "Load", "Stream", "load", "open", "open_stream", "resolve_options", "stream"]
 
 
 def open(uri: str | os.PathLike[str], **options: Unpack[Options]) -> AsyncStream:
@@ -80,7 +80,21 @@ def stream(uri: str | os.PathLike[str], **options: Unpack[Options]) -> Stream:
     Raises:
         StreamloadError: Bad options, or no checkpoint there. Later errors are raised by the iteration.
     """
-    load = Load(os.fspath(uri), resolve_options(options))
+    return open_stream(os.fspath(uri), resolve_options(options))
+
+
+def open_stream(uri: str, options: LoadOptions, *, accept: Accept | None = None) -> Stream:
+    """What `stream` does.
+
+    Args:
+        uri: As for `open`.
+        options: Resolved ones.
+        accept: As for `plan_load`.
+
+    Raises:
+        StreamloadError: As `stream`.
+    """
+    load = Load(uri, options, accept=accept)
     try:
         load.start()
         load.opened.result()
@@ -136,7 +150,7 @@ class Load:
         *,
         device: str | None = None,
         make_sink: MakeSink | None = None,
-        accept: Callable[[Catalog, Catalog], Catalog] | None = None,
+        accept: Accept | None = None,
     ) -> None:
         assert options.memory_bytes is not None
         self.uri = scrub_uri(uri)

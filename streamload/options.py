@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias, TypedDict, cast
 from streamload.checkpoint.rank_files import RankFiles
 from streamload.errors import OptionError
 from streamload.events import OnEvent, OnProgress
-from streamload.host import host_limits
+from streamload.host import HostLimits, host_limits
 from streamload.plan import LEAST_READ_BYTES, Placement, Placements, Ranks, Uneven
 from streamload.units import format_bytes, parse_bytes
 
@@ -27,6 +27,7 @@ __all__ = [
     "Rank",
     "ResolvedOption",
     "Verify",
+    "default_memory_bytes",
     "from_environment",
     "parse_globs",
     "proxies",
@@ -474,10 +475,18 @@ def _default_memory(environment: Mapping[str, str]) -> tuple[int, str]:
     if not text.isdecimal() or int(text) < 1:
         raise OptionError(f"LOCAL_WORLD_SIZE={text!r} is not a number of ranks")
     limits = host_limits()
-    share = limits.available_bytes // _MEMORY_SHARE // int(text)
-    nbytes = max(_MEMORY_LEAST, min(_MEMORY_DEFAULT_MOST, share))
     available = format_bytes(limits.available_bytes)
-    return nbytes, f"default (of {available} that the {limits.bound_by} leaves, {text} ranks on this node)"
+    origin = f"default (of {available} that the {limits.bound_by} leaves, {text} ranks on this node)"
+    return _share_of(limits, int(text)), origin
+
+
+def default_memory_bytes(ranks: int) -> int:
+    """What ``memory_bytes`` is by default where so many ranks load on this node."""
+    return _share_of(host_limits(), ranks)
+
+
+def _share_of(limits: HostLimits, ranks: int) -> int:
+    return max(_MEMORY_LEAST, min(_MEMORY_DEFAULT_MOST, limits.available_bytes // _MEMORY_SHARE // ranks))
 
 
 def _parse_flag(text: str) -> bool:

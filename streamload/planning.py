@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import isawaitable
+from typing import TypeAlias
 
 from streamload.checkpoint import Catalog, select
 from streamload.checksums import Sha256
@@ -16,7 +18,7 @@ from streamload.plan import LEAST_READ_BYTES, Placements, Plan, plan_reads
 from streamload.report import Recorder
 from streamload.sources import Source, SourceObject, open_source
 
-__all__ = ["PlannedLoad", "effective_reads", "plan_load", "source_for"]
+__all__ = ["Accept", "PlannedLoad", "effective_reads", "plan_load", "source_for"]
 
 # Where many connections may bring more, smaller reads let as many work within little memory: two thirds faster from a
 # store that gives each 100 MiB/s. Below the least size, waiting for first bytes costs more than that.
@@ -25,6 +27,9 @@ _LEAST_SHARED_READ_BYTES = 1 << 20
 
 # Under a limit on the rate, a read is no longer than what may pass in this time.
 _PACED_READ_S = 0.25
+
+Accept: TypeAlias = Callable[[Catalog, Catalog], Catalog | Awaitable[Catalog]]
+"""See `plan_load`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ async def plan_load(
     recorder: Recorder,
     options: LoadOptions,
     *,
-    accept: Callable[[Catalog, Catalog], Catalog] | None = None,
+    accept: Accept | None = None,
     all_ranks: bool = False,
 ) -> PlannedLoad:
     """Read the headers and decide what else to read.
@@ -77,7 +82,7 @@ async def plan_load(
         recorder: Told of it.
         options: The load's.
         accept: Given the tensors and slices that the options choose, and the whole tensors that these are of, says
-            which are read; what it raises ends the load.
+            which are read, at once or later; what it raises ends the load.
         all_ranks: Whether the other ranks' plans are wanted too, where slices are.
 
     Raises:
@@ -113,7 +118,8 @@ async def plan_load(
         if all_ranks:
             every = tuple(_plan(source, slice_for(ranks), read_bytes) for ranks in options.ranks_of_all())
     if accept is not None:
-        catalog = accept(catalog, wanted)
+        accepted = accept(catalog, wanted)
+        catalog = await accepted if isawaitable(accepted) else accepted
     checksums = found.checksums
     if verify and not everything:
         # Only those that are read whole can be compared.

@@ -114,6 +114,11 @@ class Report:
         """Fetched bytes over delivered bytes; one where nothing was delivered."""
         return self.fetched_bytes / self.nbytes if self.nbytes else 1.0
 
+    @property
+    def held_back_by(self) -> str | None:
+        """The stage that held the load back, in words; None before anything was read."""
+        return None if self.bottleneck is None else _BOTTLENECKS[self.bottleneck]
+
     def to_dict(self) -> dict[str, Any]:
         """All fields and the two ratios, ready for JSON."""
         return dataclasses.asdict(self) | {
@@ -141,8 +146,8 @@ def _lines(report: Report) -> Iterator[str]:
     shown = {stage: seconds for stage, seconds in report.stages.items() if seconds or stage != "pace"}
     stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in shown.items())
     yield f"  time at work   {stages}"
-    if report.bottleneck is not None:
-        yield f"  held back by   {_BOTTLENECKS[report.bottleneck]}"
+    if report.held_back_by is not None:
+        yield f"  held back by   {report.held_back_by}"
     yield (
         f"  requests       {report.requests}, {report.retries} retried, {report.round_trips} in turn before data; "
         f"{format_bytes(report.fetched_bytes)} fetched, {report.read_amplification:.3f} x what was delivered"

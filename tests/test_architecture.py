@@ -27,6 +27,8 @@ _MAY_IMPORT = {
     "sources": {*_BOTTOM, "checkpoint", "plan", "wire"},
     # Which tensors have memory, and which share it, is asked where they are filled and where they are saved.
     "sinks": {*_BOTTOM, "checkpoint", "plan", "shared_memory"},
+    # What it finds out is where elements go, and that is the sinks' matter; whose code it runs is the caller's.
+    "recording": {*_BOTTOM, "checkpoint", "plan", "shared_memory", "sinks", "slicing"},
     # The two contracts, and no concrete source or sink.
     "pipeline": {*_BOTTOM, "checkpoint", "plan", "report", "sources.base", "sinks.base"},
     # A file's layout and checksums are the checkpoint's; S3 is asked as it is for reading.
@@ -36,6 +38,8 @@ _MAY_IMPORT = {
     # Stages, and says on HTTP how far it is.
     "service": {*_BOTTOM, "deadlines", "options", "progress", "sources", "stage"},
     "integrations": {""},
+    # A loader like those at the top, for what an engine says.
+    "vllm": {"", *_BOTTOM, "checkpoint", "loader", "options", "pipeline", "planning", "report", "slicing"},
     # Sizes are read and written on the command line as they are in messages; what it can be told comes from the
     # environment as well, which one module reads.
     "cli": {"", "options", "units"},

@@ -259,4 +259,5 @@ def _tensor(tensor: TensorInfo, memory: memoryview | bytearray, offset: int = 0)
 def _empty(tensor: TensorInfo) -> torch.Tensor:
     import torch
 
-    return torch.empty(torch_shape(tensor), dtype=torch_dtypes()[tensor.dtype])
+    # The device is said: within `with torch.device(...)`, as engines load, torch would put it elsewhere.
+    return torch.empty(torch_shape(tensor), dtype=torch_dtypes()[tensor.dtype], device="cpu")

@@ -6,23 +6,18 @@ the sink's, and are copied into the target on the consumer's thread when it take
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from streamload.checkpoint import Catalog, TensorInfo
-from streamload.errors import DeviceError, MemoryLimitError
+from streamload.errors import MemoryLimitError
 from streamload.loan import Loan
 from streamload.plan import Batch, Piece, Read
 from streamload.sinks.base import Delivery, Lease, NamedTensor, Sink
-from streamload.sinks.dtypes import check_dtypes, torch_dtypes, torch_shape
+from streamload.sinks.dtypes import check_dtypes
 from streamload.sinks.pool import HostPool, round_to_pages
 from streamload.sinks.scatter import SCRATCH_BYTES, Bounces, is_bounced, is_sliced, scattered
 from streamload.sinks.staging import keep
 from streamload.sinks.targets import Target
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["ParametersDelivery", "ParametersLease", "ParametersSink"]
 
@@ -68,7 +63,7 @@ class ParametersLease(Lease):
             if not tensor.nbytes:
                 continue
             if target.direct:
-                self.memory[place] = _memory_of(target.tensor)
+                self.memory[place] = target.memory()
             else:
                 start = self.starts[place]
                 self.memory[place] = region[start : start + tensor.nbytes]
@@ -98,17 +93,15 @@ class ParametersDelivery(Delivery):
     def tensors(self) -> Iterator[NamedTensor]:
         """Fill the targets, one after the other, and yield each tensor as the checkpoint has it.
 
-        What needed no copy is the target itself. What did is the staged tensor; nobody else will use its memory.
+        What needed no copy is the target itself. What did is what was staged; nobody else will use its memory.
         """
         lease = self._lease
         for place, (tensor, target) in enumerate(zip(lease.batch.tensors, lease.targets, strict=True)):
-            if place not in lease.starts:
-                yield tensor.name, target.tensor
+            if target.direct:
+                yield tensor.name, target.filled[0]
                 continue
-            staged = _staged(tensor, lease.region, lease.starts[place])
-            self._sink.touched = True
-            _copy(target.tensor, staged, tensor.name)
-            yield tensor.name, staged
+            self._sink.touched = self._sink.touched or bool(target.filled)
+            yield tensor.name, target.fill(tensor, lease.region, lease.starts.get(place, 0))
 
 
 class ParametersSink(Sink[ParametersLease]):
@@ -189,7 +182,7 @@ class ParametersSink(Sink[ParametersLease]):
         received = lease.bounces.failed(loan)
         if loan.quarantined:
             # All that the read may write into, the gaps' memory too, which other reads would be given next.
-            keep(scratch, received, self._scratch, lease.region, *(target.tensor for target in lease.targets))
+            keep(scratch, received, self._scratch, lease.region, *(target.filled for target in lease.targets))
             self._scratch = memoryview(bytearray(SCRATCH_BYTES))
             self._quarantined_bytes += loan.nbytes
 
@@ -222,26 +215,3 @@ class ParametersSink(Sink[ParametersLease]):
         except (MemoryError, OSError, OverflowError) as error:
             name = batch.tensors[0].name
             raise MemoryLimitError(f"the system does not give {nbytes} bytes for tensor {name!r}: {error}") from error
-
-
-def _memory_of(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's own memory. It does not keep it: an error's traceback knows loans and their views."""
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def _staged(tensor: TensorInfo, region: memoryview, start: int) -> torch.Tensor:
-    import torch
-
-    flat = torch.frombuffer(region, dtype=torch.uint8, offset=start, count=tensor.nbytes)
-    return flat.view(torch_dtypes()[tensor.dtype]).view(torch_shape(tensor))
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
-    import torch
-
-    try:
-        # A tensor that was made in inference mode may be written in it only, and any other one outside of it as well.
-        with torch.inference_mode() if target.is_inference() else torch.no_grad():
-            target.copy_(source)
-    except RuntimeError as error:
-        raise DeviceError(f"copying tensor {name!r} into {target.device} failed: {error}") from error

@@ -2,49 +2,118 @@
 
 from __future__ import annotations
 
+import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from streamload.checkpoint import Catalog, ShardFile, TensorInfo
 from streamload.checkpoint.text import brief
-from streamload.errors import MismatchError, OptionError
+from streamload.errors import DeviceError, MismatchError, OptionError
 from streamload.shared_memory import Memory, covering, has_memory
 from streamload.sinks.dtypes import check_dtypes, require_torch, torch_dtypes, torch_shape
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Target", "Targets"]
+__all__ = ["Target", "Targets", "WholeTarget", "copy_into", "memory_at", "readable", "staged_tensor"]
 
 
-class Target(NamedTuple):
-    """The memory that one tensor of the checkpoint goes into.
+class Target(ABC):
+    """Where the bytes go that are read of one tensor of the checkpoint.
 
     Attributes:
-        tensor: All of what is to be filled, in the shape that the checkpoint's tensor has.
-        direct: Whether its memory is, byte for byte, what the file holds, so that it may be read into.
+        direct: Whether they may be read straight into the target's memory.
     """
 
-    tensor: torch.Tensor
     direct: bool
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor, dtype: torch.dtype) -> Target:
-        """The target for a checkpoint's tensor of this dtype.
+    @abstractmethod
+    def memory(self) -> memoryview:
+        """The memory to read into, of a direct one. It does not keep it: an error's traceback knows loans."""
+
+    @abstractmethod
+    def fill(self, tensor: TensorInfo, region: memoryview, start: int) -> torch.Tensor:
+        """Take what was staged, and give what is handed out for it. Called on the consumer's thread.
 
         Args:
-            tensor: What is to be filled.
-            dtype: The checkpoint's.
+            tensor: What was read.
+            region: Memory with its bytes, which lives as long as something refers to this very object.
+            start: Where they begin. Nobody else will use them.
+
+        Raises:
+            DeviceError: It could not be copied to its device.
         """
-        direct = (
-            tensor.device.type == "cpu"
-            and tensor.dtype == dtype
-            and tensor.is_contiguous()
-            # Values that torch negates or conjugates when it reads them are not what lies there.
-            and not (tensor.is_conj() or tensor.is_neg())
-        )
-        return cls(tensor, direct)
+
+    @property
+    @abstractmethod
+    def filled(self) -> tuple[torch.Tensor, ...]:
+        """What may be written into; of a direct one, the first is what is handed out."""
+
+
+class WholeTarget(Target):
+    """A tensor that is filled whole.
+
+    Args:
+        tensor: What is to be filled, in the shape that the checkpoint's tensor has.
+        dtype: The checkpoint's.
+    """
+
+    __slots__ = ("direct", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+        self.tensor = tensor
+        self.direct = readable(tensor, dtype) and tensor.is_contiguous()
+
+    def memory(self) -> memoryview:
+        return memory_at(self.tensor.data_ptr(), self.tensor.nbytes)
+
+    def fill(self, tensor: TensorInfo, region: memoryview, start: int) -> torch.Tensor:
+        found = staged_tensor(region, start, tensor.nbytes, torch_dtypes()[tensor.dtype]).view(torch_shape(tensor))
+        copy_into(self.tensor, found, tensor.name)
+        return found
+
+    @property
+    def filled(self) -> tuple[torch.Tensor, ...]:
+        return (self.tensor,)
+
+
+def readable(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether elements of a checkpoint's tensor lie in the file as they lie in this one: a file may be read into it."""
+    # Values that torch negates or conjugates when it reads them are not what lies there.
+    return tensor.device.type == "cpu" and tensor.dtype == dtype and not (tensor.is_conj() or tensor.is_neg())
+
+
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """So many bytes of memory, which the view does not keep."""
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+
+
+def staged_tensor(region: memoryview, start: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Bytes of a region as a tensor of one dimension, which keeps the region."""
+    import torch
+
+    if not nbytes:
+        # The device is said: within `with torch.device(...)`, as engines load, torch would put it elsewhere.
+        return torch.empty(0, dtype=dtype, device="cpu")
+    return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=nbytes).view(dtype)
+
+
+def copy_into(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    """Copy a tensor into one that is there already.
+
+    Raises:
+        DeviceError: It fails.
+    """
+    import torch
+
+    try:
+        # A tensor that was made in inference mode may be written in it only, and any other one outside of it as well.
+        with torch.inference_mode() if target.is_inference() else torch.no_grad():
+            target.copy_(source)
+    except RuntimeError as error:
+        raise DeviceError(f"copying tensor {name!r} into {target.device} failed: {error}") from error
 
 
 class Targets:
@@ -130,7 +199,7 @@ class Targets:
                     narrowed.append(f"{brief(tensor.name)} {list(shape)} in {list(target.shape)}")
                     for dimension, length in enumerate(shape):
                         target = target.narrow(dimension, 0, length)
-                self._chosen[tensor.name] = Target.of(target, torch_dtypes()[tensor.dtype])
+                self._chosen[tensor.name] = WholeTarget(target, torch_dtypes()[tensor.dtype])
         self.narrowed = tuple(narrowed)
         return chosen
 

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLo
 import streamload
 from streamload.shared_memory import covering
 from tests.checkpoints import same_tensor
-from tests.engines.llama import Llama
+from tests.engines.models import Llama
 from tests.engines.ranks import Rank
 from tests.test_shared_memory import overlapping
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +18,7 @@ from streamload.sinks import Sink
 from streamload.sinks.dtypes import torch_dtypes, torch_shape
 from streamload.sinks.parameters import ParametersLease, ParametersSink
 from streamload.sinks.pool import HostPool
-from streamload.sinks.targets import Target
+from streamload.sinks.targets import Target, WholeTarget
 from streamload.testing.sinks import SinkConformance
 
 MIB = 1 << 20
@@ -56,7 +56,7 @@ class TestDirect(SinkConformance):
 
     counts_tensors: ClassVar[bool] = False
 
-    def make_target(self, tensor: TensorInfo) -> Target:
+    def make_target(self, tensor: TensorInfo) -> WholeTarget:
         return direct(fresh(tensor))
 
     def find(self, tensor: TensorInfo) -> Target:
@@ -80,15 +80,15 @@ class TestStaged(TestDirect):
 
     counts_tensors: ClassVar[bool] = True
 
-    def make_target(self, tensor: TensorInfo) -> Target:
-        return Target(scattered(tensor), direct=False)
+    def make_target(self, tensor: TensorInfo) -> WholeTarget:
+        return staged(scattered(tensor))
 
 
 class TestMixed(TestDirect):
     """Every other target can be read into."""
 
-    def make_target(self, tensor: TensorInfo) -> Target:
-        return Target(scattered(tensor), direct=False) if len(tensor.name) % 2 else direct(fresh(tensor))
+    def make_target(self, tensor: TensorInfo) -> WholeTarget:
+        return staged(scattered(tensor)) if len(tensor.name) % 2 else direct(fresh(tensor))
 
 
 def batch_of(*tensors: TensorInfo, gap_bytes: int = 0) -> Batch:
@@ -97,7 +97,7 @@ def batch_of(*tensors: TensorInfo, gap_bytes: int = 0) -> Batch:
     return batch
 
 
-def sink_into(targets: dict[str, Target]) -> ParametersSink:
+def sink_into(targets: Mapping[str, Target]) -> ParametersSink:
     return ParametersSink(lambda tensor: targets[tensor.name], MIB)
 
 
@@ -109,8 +109,14 @@ def deliver(sink: ParametersSink, lease: ParametersLease) -> dict[str, torch.Ten
     return dict(asyncio.run(sink.finish(lease)).tensors())
 
 
-def direct(tensor: torch.Tensor) -> Target:
-    target = Target.of(tensor, tensor.dtype)
+def staged(tensor: torch.Tensor) -> WholeTarget:
+    target = WholeTarget(tensor, tensor.dtype)
+    target.direct = False
+    return target
+
+
+def direct(tensor: torch.Tensor) -> WholeTarget:
+    target = WholeTarget(tensor, tensor.dtype)
     assert target.direct
     return target
 
@@ -143,7 +149,7 @@ def test_a_target_that_cannot_be_read_into_is_filled_when_its_tensor_is_taken(
     target, values = make(info), torch.arange(1000.0)
     target.fill_(-1)
     batch = batch_of(info)
-    sink = sink_into({"one": Target.of(target, torch.float32)})
+    sink = sink_into({"one": WholeTarget(target, torch.float32)})
     assert sink.credit_bytes(batch) == 4096
     lease = sink.begin(batch, 0)
     loan = lend(sink, lease, batch.reads[0])
@@ -174,7 +180,7 @@ def test_pieces_may_be_anywhere_in_reads_and_in_tensors(make: Callable[[TensorIn
         for start in (0, 15)
     )
     target = make(wanted)
-    sink = sink_into({"columns": Target.of(target, torch.uint8)})
+    sink = sink_into({"columns": WholeTarget(target, torch.uint8)})
     batch = Batch(0, 0, (wanted,), reads)
     # A page for each read's gaps, and one for what is staged.
     assert sink.credit_bytes(batch) == 4096 * (2 if make is fresh else 3)
@@ -229,7 +235,7 @@ def test_inference_tensors_and_others_are_filled_alike(inference: bool) -> None:
     for make in (fresh, scattered):
         with torch.inference_mode(inference):
             target = make(info)
-        sink = sink_into({"one": Target.of(target.detach(), torch.float32)})
+        sink = sink_into({"one": WholeTarget(target.detach(), torch.float32)})
         batch = batch_of(info)
         lease = sink.begin(batch, 0)
         loan = lend(sink, lease, batch.reads[0])
@@ -242,6 +248,6 @@ def test_inference_tensors_and_others_are_filled_alike(inference: bool) -> None:
 
 def test_conjugated_and_negated_views_are_not_read_into() -> None:
     numbers = torch.zeros(4, dtype=torch.complex64)
-    assert not Target.of(numbers.conj(), torch.complex64).direct
-    assert not Target.of(numbers.conj().imag, torch.float32).direct
-    assert Target.of(numbers, torch.complex64).direct
+    assert not WholeTarget(numbers.conj(), torch.complex64).direct
+    assert not WholeTarget(numbers.conj().imag, torch.float32).direct
+    assert WholeTarget(numbers, torch.complex64).direct

@@ -27,6 +27,7 @@ from streamload.options import LoadOptions
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.concurrency import ConcurrencyTuner
 from streamload.pipeline.discover import read_small
+from streamload.pipeline.engine import first_error
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.handoff import Handoff
 from streamload.pipeline.pace import Pace
@@ -63,6 +64,7 @@ class AskedLoad(Load):
         super().__init__(uri, options)
         self.texts: Future[dict[str, bytes | None]] = _promise()
         self.found: Future[Catalog] = _promise()
+        self._failure: BaseException | None = None
         self._files = files
         self._foreseen: Future[Sequence[TensorInfo]] = _promise()
         # One thread at a time takes what has come; the others wait for it here.
@@ -141,6 +143,11 @@ class AskedLoad(Load):
         self.engine.join()
         return self.recorder.report()
 
+    def why(self, error: BaseException) -> BaseException:
+        """What ended the load, for who was told only that it has ended: the first who asked was told why."""
+        failure, self._failure = self._failure, None
+        return failure if failure is not None and isinstance(error, ClosedError) else error
+
     def close(self) -> None:
         self.engine.post(self._release)
         super().close()
@@ -171,6 +178,8 @@ class AskedLoad(Load):
             self.handoff.acknowledge(taken_bytes=credit_bytes, released_bytes=credit_bytes, batches=1)
 
     def _end(self, error: BaseException, state: State) -> None:
+        if state == "failed" and self._failure is None:
+            self._failure = error
         super()._end(error, state)
         for future in (self.texts, self.found):
             if not future.done():
@@ -214,9 +223,11 @@ class AskedLoad(Load):
 
     def _begin(self, part: TensorInfo, handoff: Handoff) -> None:
         assert self._bringing is not None
+        bring = self._bring(part, handoff)
         try:
-            task = self._bringing.create_task(self._bring(part, handoff))
+            task = self._bringing.create_task(bring)
         except RuntimeError:  # it is ending, or has ended
+            bring.close()
             handoff.end(self._closed())
             return
         self._brought.add(task)
@@ -250,7 +261,7 @@ class AskedLoad(Load):
             )
             await pipeline.run()
         except Exception as raised:
-            error = raised
+            error = first_error(raised)
             raise
         finally:
             handoff.end(error)

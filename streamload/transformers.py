@@ -30,7 +30,13 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from streamload.asking import AskedLoad
 from streamload.checkpoint import TensorInfo
 from streamload.checkpoint.text import brief
-from streamload.errors import CheckpointError, MismatchError, MissingDependencyError, OptionError, StreamloadError
+from streamload.errors import (
+    CheckpointError,
+    MismatchError,
+    MissingDependencyError,
+    OptionError,
+    StreamloadError,
+)
 from streamload.loader import resolve_options
 from streamload.options import LoadOptions, Options
 from streamload.peers import join_peers
@@ -123,15 +129,18 @@ def from_pretrained(
         report = load.recorder.report()
         if others is not None:
             others.finish(None if resolved.deadline_s is None else max(0.0, resolved.deadline_s - report.seconds))
-    except BaseException as error:
+    except BaseException as raised:
         load.close()
+        error = load.why(raised)
         if isinstance(error, StreamloadError):
             error.locate(uri=load.uri)
         else:
             error.add_note(f"streamload.transformers: while {load.uri} was loaded")
         if others is not None:
             others.failed(error)
-        raise
+        if error is raised:
+            raise
+        raise error from error.__cause__
     finally:
         if others is not None:
             others.close()
@@ -229,6 +238,7 @@ def _config(load: AskedLoad, model_class: Any, folder: Path, arguments: dict[str
             (folder / key).write_bytes(text)
     text = texts[_CONFIG]
     if text is None:
+        load.found.result()  # where there is nothing at all, that is what counts
         raise CheckpointError(
             "there is none beside the weights, which says what the model is; model_kwargs={'config': ...} gives one",
             object=_CONFIG,

@@ -2,10 +2,10 @@
 
 ::
 
+    from streamload.transformers import from_pretrained
     from transformers import AutoModelForCausalLM
-    import streamload.transformers
 
-    model = streamload.transformers.from_pretrained(AutoModelForCausalLM, "s3://models/llama", dtype="auto")
+    model = from_pretrained(AutoModelForCausalLM, "s3://models/llama", dtype="auto")
 
 transformers asks for the checkpoint's tensors one by one, and under tensor parallelism for this rank's slices of them.
 Which ones is known before the first is needed: what it does with each name is decided in one go
@@ -51,8 +51,17 @@ __all__ = ["from_pretrained"]
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 
-# What transformers decides by itself, by its own plan.
-_NOT_OURS = ("rank", "world_size", "pp_size", "expert_parallel", "placements", "uneven", "pattern", "order")
+# What transformers decides by itself, by its own plan, and what that leaves these options at.
+_NO_RANKS: Options = {
+    "rank": None,
+    "world_size": None,
+    "pp_size": 1,
+    "expert_parallel": False,
+    "placements": "auto",
+    "uneven": "error",
+    "pattern": None,
+    "order": "completion",
+}
 # What this function has arguments for, and what makes no sense together with a URI.
 _NOT_THEIRS = {
     "dtype": "dtype=",
@@ -173,14 +182,14 @@ def _distributed(tp: Any) -> Any:
 
 
 def _resolve(options: Options, *, distributed: bool) -> LoadOptions:
-    for name in _NOT_OURS:
+    for name in _NO_RANKS:
         if name in options:
             raise OptionError(f"{name} is not for a model of transformers: it decides that itself; say tp=")
     if distributed and str(options.get("device")) == "cuda":
         # The device that transformers will take, too.
         options = {**options, "device": resolve_options({"device": "cuda", "rank": "auto"}).device}
-    # Nor is what the environment says of ranks and the order meant for this.
-    return resolve_options({**options, "rank": None, "world_size": None, "order": "completion"})
+    # Nor is what the environment says of these meant for this.
+    return resolve_options({**options, **_NO_RANKS})
 
 
 def _load(

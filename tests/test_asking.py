@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from safetensors.torch import save_file
 
 from streamload.asking import AskedLoad
 from streamload.checkpoint import TensorInfo
-from streamload.errors import AccessError, ClosedError, MemoryLimitError
+from streamload.errors import AccessError, ChecksumError, ClosedError, MemoryLimitError
 from streamload.loader import resolve_options
+from streamload.pipeline.verify import BY_SHA256, OUT_OF_ORDER
 from streamload.plan import slice_boxes
+from streamload.sources import SourceObject
 from streamload.sources.local import LocalSource
 from streamload.testing import FaultSource
 
@@ -170,3 +173,30 @@ def test_a_strict_limit_counts_for_what_was_not_foreseen_too(checkpoint: Path, t
         load.foresee([])
         with pytest.raises(MemoryLimitError, match="huge"):
             load.bring(found["huge"])
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_hash_is_compared_where_the_order_is_that_of_the_bytes(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, in_order: bool
+) -> None:
+    class Hashed(LocalSource):
+        async def sha256(self, object: SourceObject) -> bytes:
+            return hashlib.sha256((checkpoint / object.key).read_bytes()).digest()
+
+    monkeypatch.setattr("streamload.planning.open_source", lambda uri, **_: Hashed(uri))
+    with opened(checkpoint, verify="sha256") as (load, found):
+        order = list(found.values()) if in_order else interleaved(found)
+        load.foresee(order)
+        for info in order:
+            check(info.name, load.take(info.name))
+        report = load.finish()
+    assert (report.verified, report.unverified) == (
+        ({BY_SHA256: report.nbytes}, {}) if in_order else ({}, {OUT_OF_ORDER: report.nbytes})
+    )
+    with opened(checkpoint, verify="require") as (load, found):
+        load.foresee(list(found.values()) if in_order else interleaved(found))
+        if in_order:
+            load.finish()
+        else:
+            with pytest.raises(ChecksumError, match=r"verify is 'require'.*another order"):
+                load.take("large.00")

@@ -43,6 +43,7 @@ from streamload.peers import join_peers
 from streamload.plan import Box, slice_boxes
 from streamload.report import Report
 from streamload.sinks.dtypes import require_torch, torch_dtypes, torch_shape
+from streamload.uris import scrub_uri
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,7 @@ _NOT_THEIRS = {
     "gguf_file": "the URI",
     "subfolder": "the URI",
     "revision": "revision=, beside the URI",
+    "output_loading_info": "on_report=, and a missing tensor is an error",
     "trust_remote_code": "the model's class: code that lies beside weights is never run",
 }
 # Those that must not become a part of the model's config.
@@ -124,13 +126,14 @@ def from_pretrained(
     """
     _require_transformers()
     distributed = _distributed(tp)
-    arguments = dict(model_kwargs or {})
-    for name in _NOT_THEIRS.keys() & arguments.keys():
-        raise OptionError(f"model_kwargs has {name!r}: that is said by {_NOT_THEIRS[name]}")
-    resolved = _resolve(options, distributed=distributed is not None)
     others = join_peers() if peers and distributed is not None else None
-    load = AskedLoad(os.fspath(uri), resolved, files=() if "config" in arguments else (_CONFIG, _GENERATION_CONFIG))
+    load: AskedLoad | None = None
     try:
+        arguments = dict(model_kwargs or {})
+        for name in _NOT_THEIRS.keys() & arguments.keys():
+            raise OptionError(f"model_kwargs has {name!r}: that is said by {_NOT_THEIRS[name]}")
+        resolved = _resolve(options, distributed=distributed is not None)
+        load = AskedLoad(os.fspath(uri), resolved, files=() if "config" in arguments else (_CONFIG, _GENERATION_CONFIG))
         if others is not None:
             others.when_failed(load.interrupt)
         load.start()
@@ -139,12 +142,15 @@ def from_pretrained(
         if others is not None:
             others.finish(None if resolved.deadline_s is None else max(0.0, resolved.deadline_s - report.seconds))
     except BaseException as raised:
-        load.close()
-        error = load.why(raised)
+        error = raised
+        if load is not None:
+            load.close()
+            error = load.why(raised)
+        shown = scrub_uri(os.fspath(uri))
         if isinstance(error, StreamloadError):
-            error.locate(uri=load.uri)
+            error.locate(uri=shown)
         else:
-            error.add_note(f"streamload.transformers: while {load.uri} was loaded")
+            error.add_note(f"streamload.transformers: while {shown} was loaded")
         if others is not None:
             others.failed(error)
         if error is raised:

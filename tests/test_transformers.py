@@ -150,8 +150,11 @@ def test_from_s3_each_byte_is_asked_for_once(models: Callable[[str], Path], s3_b
 def test_of_another_head_only_what_it_has_is_read(models: Callable[[str], Path]) -> None:
     reports: list[streamload.Report] = []
     automatic: Any = transformers.AutoModel
-    ours = from_pretrained(automatic, models("llama"), on_report=reports.append, dtype=torch.float32)
-    theirs = automatic.from_pretrained(models("llama"), dtype=torch.float32)
+    # One that goes into the config, and one that does not.
+    more = {"use_cache": False, "attn_implementation": "eager"}
+    ours = from_pretrained(automatic, models("llama"), on_report=reports.append, dtype="float32", model_kwargs=more)
+    theirs = automatic.from_pretrained(models("llama"), dtype=torch.float32, **more)
+    assert ours.config._attn_implementation == theirs.config._attn_implementation == "eager"
     assert_same(ours, theirs)
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
     names = streamload.load(models("llama")).keys()

@@ -75,7 +75,7 @@ def main() -> None:
 
         if not arguments.without_torch:
             _headline("The wheel, with torch")
-            _install(python, f"{wheel}[test,torch,runai]")
+            _install(python, f"{wheel}[test,torch,runai,transformers]")
             _run_tests(python, tests, f"{_HERE} and torch", torchless)
             _run_tests(python, tests, _HERE, others)
 

@@ -26,7 +26,8 @@ from streamload.plan import Plan
 from streamload.planning import Accept, PlannedLoad, plan_load, source_for
 from streamload.progress import watch
 from streamload.report import Recorder, Report, State
-from streamload.sinks import MakeSink, NamedTensor, sink_for
+from streamload.sinks import MakeSink, NamedTensor, Sink, sink_for
+from streamload.sources import Source
 from streamload.uris import scrub_uri
 
 if TYPE_CHECKING:
@@ -226,10 +227,13 @@ class Load:
                     # Headers are compared with headers: how long they take says nothing about large reads.
                     headers = Hedger(source, budget, recorder, policy=HedgePolicy(least_siblings=3), pace=pace)
                     fetcher = Fetcher(source, recorder, pace=pace, hedger=headers if source.hedged else None)
-                    planned = await plan_load(source, fetcher, recorder, self.options, accept=self._accept)
+                    planned = await self._plan(source, fetcher)
                     await self._flow(planned, budget, pace)
             finally:
                 self.engine.ignore_cancel()
+
+    async def _plan(self, source: Source, fetcher: Fetcher) -> PlannedLoad:
+        return await plan_load(source, fetcher, self.recorder, self.options, accept=self._accept)
 
     def _how_far(self) -> str:
         recorder = self.recorder
@@ -243,13 +247,7 @@ class Load:
         assert options.memory_bytes is not None
         tuner = ConcurrencyTuner(planned.concurrency, most=planned.most_concurrency)
         hedger = Hedger(source, budget, recorder, pace=pace) if source.hedged else None
-        sink = self._make_sink(
-            memory_bytes=options.memory_bytes,
-            read_bytes=planned.read_bytes,
-            # Page-locked memory takes long to get, so not for as many reads as there may be at the very most.
-            concurrency=min(planned.most_concurrency, 2 * planned.concurrency),
-            congruence_bytes=source.congruence_bytes,
-        )
+        sink = self._sink_for(planned)
         try:
             sink.check(planned.plan.catalog)
             pipeline = Pipeline(
@@ -275,6 +273,16 @@ class Load:
             self.engine.ignore_cancel()
             await sink.aclose()
             recorder.quarantined_bytes = sink.quarantined_bytes
+
+    def _sink_for(self, planned: PlannedLoad) -> Sink[Any]:
+        assert self.options.memory_bytes is not None
+        return self._make_sink(
+            memory_bytes=self.options.memory_bytes,
+            read_bytes=planned.read_bytes,
+            # Page-locked memory takes long to get, so not for as many reads as there may be at the very most.
+            concurrency=min(planned.most_concurrency, 2 * planned.concurrency),
+            congruence_bytes=self._source.congruence_bytes,
+        )
 
 
 class _Consumer:

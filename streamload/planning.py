@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import isawaitable
 from typing import TypeAlias
 
-from streamload.checkpoint import Catalog, select
+from streamload.checkpoint import Catalog, TensorInfo, select
 from streamload.checksums import Sha256
 from streamload.options import LoadOptions
 from streamload.pipeline.discover import ask_checksums, ask_sha256s, discover, read_config
@@ -18,7 +18,7 @@ from streamload.plan import LEAST_READ_BYTES, Placements, Plan, plan_reads
 from streamload.report import Recorder
 from streamload.sources import Source, SourceObject, open_source
 
-__all__ = ["Accept", "PlannedLoad", "effective_reads", "plan_load", "source_for"]
+__all__ = ["Accept", "PlannedLoad", "effective_reads", "plan_catalog", "plan_load", "source_for"]
 
 # Where many connections may bring more, smaller reads let as many work within little memory: two thirds faster from a
 # store that gives each 100 MiB/s. Below the least size, waiting for first bytes costs more than that.
@@ -72,6 +72,7 @@ async def plan_load(
     options: LoadOptions,
     *,
     accept: Accept | None = None,
+    ask: Callable[[Catalog], Awaitable[Sequence[TensorInfo]]] | None = None,
     all_ranks: bool = False,
 ) -> PlannedLoad:
     """Read the headers and decide what else to read.
@@ -83,6 +84,8 @@ async def plan_load(
         options: The load's.
         accept: Given the tensors and slices that the options choose, and the whole tensors that these are of, says
             which are read, at once or later; what it raises ends the load.
+        ask: Given the tensors that the options choose, waits until it is known which of them, or which slices of them,
+            are wanted, and in which order.
         all_ranks: Whether the other ranks' plans are wanted too, where slices are.
 
     Raises:
@@ -116,10 +119,15 @@ async def plan_load(
         slice_for = partial(placements.slice, wanted, uneven=options.uneven, whole=found.catalog)
         catalog = slice_for(options.ranks)
         if all_ranks:
-            every = tuple(_plan(source, slice_for(ranks), read_bytes) for ranks in options.ranks_of_all())
+            every = tuple(plan_catalog(source, slice_for(ranks), read_bytes) for ranks in options.ranks_of_all())
     if accept is not None:
         accepted = accept(catalog, wanted)
         catalog = await accepted if isawaitable(accepted) else accepted
+    asked: dict[str, int] | None = None
+    if ask is not None:
+        parts = await ask(catalog)
+        asked = {part.name: place for place, part in enumerate(parts)}
+        catalog = _only(catalog, {part.name: part for part in parts})
     checksums = found.checksums
     if verify and not everything:
         # Only those that are read whole can be compared.
@@ -138,7 +146,7 @@ async def plan_load(
         before = source.requests
         sha256s = await ask_sha256s(fetcher, unsummed, most_concurrency)
         recorder.in_turn(1 if source.requests > before else 0)
-    plan = _plan(source, catalog, read_bytes)
+    plan = plan_catalog(source, catalog, read_bytes, asked)
     recorder.in_turn(1 if plan.reads else 0)
     recorder.planned(len(catalog.files), catalog.tensors, plan.tensor_bytes)
     verifier = Verifier(
@@ -154,13 +162,25 @@ async def plan_load(
     return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency, every)
 
 
-def _plan(source: Source, catalog: Catalog, read_bytes: int) -> Plan:
+def plan_catalog(source: Source, catalog: Catalog, read_bytes: int, asked: Mapping[str, int] | None = None) -> Plan:
+    """Decide how tensors are read from a source; see `plan_reads`."""
     return plan_reads(
         catalog,
         read_bytes=read_bytes,
         gap_bytes=source.request_cost_bytes,
         skip_bytes=source.skipped_gap_bytes,
+        asked=asked,
     )
+
+
+def _only(catalog: Catalog, parts: Mapping[str, TensorInfo]) -> Catalog:
+    """These parts of tensors, each in its file."""
+    files = []
+    for file in catalog.files:
+        tensors = tuple(parts[tensor.name] for tensor in file.tensors if tensor.name in parts)
+        if tensors:
+            files.append(replace(file, tensors=tensors))
+    return Catalog(tuple(files))
 
 
 def effective_reads(source: Source, options: LoadOptions) -> tuple[int, int, int]:

@@ -49,6 +49,7 @@ __all__ = [
     "find_shards",
     "read_config",
     "read_header",
+    "read_small",
 ]
 
 T = TypeVar("T")
@@ -314,15 +315,12 @@ async def read_config(fetcher: Fetcher, recorder: Recorder) -> dict[str, object]
         SourceError: The source's.
     """
     try:
-        object = await fetcher.ask(lambda: fetcher.source.stat(_CONFIG_KEY), key=_CONFIG_KEY)
+        content = await read_small(fetcher, recorder, _CONFIG_KEY)
     except NotFoundError as error:
         raise CheckpointError(
             "placements='auto' takes the kind of model from config.json, and there is none beside the weights",
             object=_CONFIG_KEY,
         ) from error
-    if object.size_bytes > _MAX_CONFIG_BYTES:
-        raise CheckpointError(f"config.json has {object.size_bytes} bytes: it is no model's config", object=_CONFIG_KEY)
-    content = await _read_bytes(fetcher, recorder, object, 0, object.size_bytes)
     try:
         config = json.loads(content)
     except ValueError as error:
@@ -330,6 +328,20 @@ async def read_config(fetcher: Fetcher, recorder: Recorder) -> dict[str, object]
     if not isinstance(config, dict):
         raise CheckpointError("config.json is no JSON object", object=_CONFIG_KEY)
     return config
+
+
+async def read_small(fetcher: Fetcher, recorder: Recorder, key: str) -> bytes:
+    """Read one of the small files beside the weights.
+
+    Raises:
+        CheckpointError: It is too large to be one.
+        NotFoundError: There is none.
+        SourceError: The source's.
+    """
+    object = await fetcher.ask(lambda: fetcher.source.stat(key), key=key)
+    if object.size_bytes > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{key} has {object.size_bytes} bytes: it is no model's config", object=key)
+    return bytes(await _read_bytes(fetcher, recorder, object, 0, object.size_bytes))
 
 
 async def _settled(call: Awaitable[T]) -> T | StreamloadError:

@@ -16,7 +16,17 @@ from streamload.pipeline.digest import OrderedDigest
 from streamload.plan import Batch, Plan, Read
 from streamload.report import Recorder
 
-__all__ = ["BY_MANIFEST", "BY_SHA256", "NOT_KEPT", "NOT_WHOLE", "PARTLY_READ", "SLICED", "SWITCHED_OFF", "Verifier"]
+__all__ = [
+    "BY_MANIFEST",
+    "BY_SHA256",
+    "NOT_KEPT",
+    "NOT_WHOLE",
+    "OUT_OF_ORDER",
+    "PARTLY_READ",
+    "SLICED",
+    "SWITCHED_OFF",
+    "Verifier",
+]
 
 BY_SHA256 = "SHA-256 of the whole object"
 _BY_SHA256S = "SHA-256 of each uploaded part"
@@ -24,6 +34,7 @@ BY_MANIFEST = "CRC64NVME of each block, by a manifest"
 
 NOT_KEPT = "the source keeps no checksum of the whole object that parts could be combined to"
 NOT_WHOLE = "only a part of the object is read, and its checksum covers all of it"
+OUT_OF_ORDER = "its tensors are asked for in another order than they lie in, and a SHA-256 goes from first byte to last"
 PARTLY_READ = "only a part of a block of the manifest is read"
 SLICED = "slices of tensors that lie scattered over the file are not summed up"
 SWITCHED_OFF = "verify is off"
@@ -164,7 +175,9 @@ class Verifier:
                 if isinstance(sha256, str):
                     checksum = sha256
                 elif not _in_order(reads, file.header_bytes, file.size_bytes):
-                    checksum = NOT_WHOLE
+                    sorted_reads = sorted(reads, key=lambda read: read.start)
+                    whole = _in_order(sorted_reads, file.header_bytes, file.size_bytes)
+                    checksum = OUT_OF_ORDER if whole else NOT_WHOLE
                 else:
                     digest = OrderedDigest(sha256, file.size_bytes)
                     by = BY_SHA256 if isinstance(sha256, bytes) else _BY_SHA256S
@@ -219,7 +232,7 @@ class Verifier:
             # Where not all of a block is read, another manifest would not help.
             helps = (
                 "verify='auto' loads them"
-                if reason in (PARTLY_READ, SLICED)
+                if reason in (OUT_OF_ORDER, PARTLY_READ, SLICED)
                 else "`streamload manifest` writes what does"
             )
             raise ChecksumError(

@@ -7,12 +7,13 @@ from streamload.plan.placement import Absent, Experts, PackedShard, Placement, R
 from streamload.plan.placements import Placements
 from streamload.plan.planner import LEAST_READ_BYTES, plan_reads
 from streamload.plan.reads import Batch, Piece, Pieces, Plan, Read
-from streamload.plan.slices import Uneven, slice_tensor
+from streamload.plan.slices import Box, Uneven, slice_boxes, slice_tensor
 
 __all__ = [
     "LEAST_READ_BYTES",
     "Absent",
     "Batch",
+    "Box",
     "Conversion",
     "Experts",
     "PackedShard",
@@ -28,5 +29,6 @@ __all__ = [
     "Span",
     "Uneven",
     "plan_reads",
+    "slice_boxes",
     "slice_tensor",
 ]

@@ -7,7 +7,8 @@ source can do that; or all of it, gaps included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from streamload.checkpoint import Catalog, TensorInfo
@@ -18,11 +19,22 @@ __all__ = ["LEAST_READ_BYTES", "plan_reads"]
 LEAST_READ_BYTES = 4096
 """Reads smaller than a page would be all cost and no bytes."""
 
+# Neighbours that are asked for further apart than this do not come with one read: one of them would have to be kept for
+# too long. A decoder's layer has some ten tensors.
+_ASKED_TOGETHER = 64
+
 # Reads that split a tensor begin at multiples of a page within it, so that a sink's memory is written page by page.
 _SPLIT_ALIGNMENT = 4096
 
 
-def plan_reads(catalog: Catalog, *, read_bytes: int, gap_bytes: int, skip_bytes: int | None = None) -> Plan:
+def plan_reads(
+    catalog: Catalog,
+    *,
+    read_bytes: int,
+    gap_bytes: int,
+    skip_bytes: int | None = None,
+    asked: Mapping[str, int] | None = None,
+) -> Plan:
     """Decide what to read.
 
     Every wanted byte of every tensor is in exactly one read. No other byte is read, except gaps of at most `gap_bytes`
@@ -33,9 +45,11 @@ def plan_reads(catalog: Catalog, *, read_bytes: int, gap_bytes: int, skip_bytes:
         read_bytes: How large a read should be; none extends over more. At least `LEAST_READ_BYTES`.
         gap_bytes: Up to how many unwanted bytes are read through rather than asked around.
         skip_bytes: The source passes over gaps of a slice that are wider than this; None: it reads every byte.
+        asked: At which place each tensor will be asked for, where who wants them has an order of his own.
 
     Returns:
-        The plan: files in the catalog's order, within a file the order of its bytes.
+        The plan: files in the catalog's order, within a file the order of its bytes; or batches in the order in which
+        the first tensor of each is asked for.
     """
     if read_bytes < LEAST_READ_BYTES:
         raise ValueError(f"read_bytes is {read_bytes}; it must be at least {LEAST_READ_BYTES}")
@@ -44,7 +58,11 @@ def plan_reads(catalog: Catalog, *, read_bytes: int, gap_bytes: int, skip_bytes:
         # Slices of neighbours may begin in another order than the neighbours do: empty ones begin where they like.
         tensors = sorted(file.tensors, key=_place_in_file) if any(t.stripes for t in file.tensors) else file.tensors
         for run in _neighbours(tensors, read_bytes, gap_bytes):
-            batches.append(Batch(len(batches), number, run, _reads(run, read_bytes, gap_bytes, skip_bytes)))
+            for part in [run] if asked is None else _asked_together(run, asked):
+                batches.append(Batch(len(batches), number, part, _reads(part, read_bytes, gap_bytes, skip_bytes)))
+    if asked is not None:
+        batches.sort(key=lambda batch: min(asked[tensor.name] for tensor in batch.tensors))
+        batches = [replace(batch, index=index) for index, batch in enumerate(batches)]
     return Plan(
         catalog=catalog,
         batches=tuple(batches),
@@ -75,6 +93,17 @@ def _neighbours(tensors: Sequence[TensorInfo], read_bytes: int, gap_bytes: int) 
             run, start, end = [], 0, 0
     if run:
         yield tuple(run)
+
+
+def _asked_together(run: Sequence[TensorInfo], asked: Mapping[str, int]) -> Iterator[tuple[TensorInfo, ...]]:
+    """Cut a run where a tensor is asked for long before or after the one that the run begins with."""
+    part: list[TensorInfo] = []
+    for tensor in run:
+        if part and abs(asked[tensor.name] - asked[part[0].name]) >= _ASKED_TOGETHER:
+            yield tuple(part)
+            part = []
+        part.append(tensor)
+    yield tuple(part)
 
 
 def _widest_gap(tensor: TensorInfo) -> int:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Literal, TypeAlias
 
 from streamload.checkpoint import DTYPE_BITS, Stripe, TensorInfo
 from streamload.errors import OptionError
 from streamload.plan.placement import Absent, Experts, PackedShard, Placement, Ranks, Replicate, Shard
 
-__all__ = ["Uneven", "slice_tensor"]
+__all__ = ["Box", "Uneven", "slice_boxes", "slice_tensor"]
 
 Uneven: TypeAlias = Literal["error", "ceil"]
 
 # From and to, along one dimension.
 _Range: TypeAlias = tuple[int, int]
+
+Box: TypeAlias = "tuple[tuple[int, int], ...]"
+"""A part of a tensor: from and to, in elements, along each of its dimensions."""
 
 
 def slice_tensor(
@@ -61,6 +64,60 @@ def slice_tensor(
         return sliced if isinstance(placement, Experts) else sliced._replace(shape=sliced.shape[1:])
     except OptionError as error:
         raise OptionError(f"tensor {tensor.name!r} of shape {list(tensor.shape)}: {error.cause}") from None
+
+
+def slice_boxes(tensor: TensorInfo, boxes: Sequence[Box]) -> TensorInfo:
+    """Put parts of a tensor one behind the other.
+
+    Args:
+        tensor: All of it.
+        boxes: The parts, in the order in which they are wanted; at least one.
+
+    Returns:
+        What is to be read, in the shape of the part where there is one, and else in one dimension.
+
+    Raises:
+        OptionError: A part does not begin and end with a byte; the error names the tensor.
+    """
+    stripes: list[Stripe] = []
+    position = 0
+    for box in boxes:
+        nbytes = math.prod(end - start for start, end in box)
+        if nbytes:
+            stripes.extend(_stripes_of(box, tensor.shape, position))
+        position += nbytes
+    shape = tuple(end - start for start, end in boxes[0]) if len(boxes) == 1 else (position,)
+    if not position:
+        return tensor._replace(shape=shape, end=tensor.start)
+    try:
+        return _placed(tensor, shape, _joined(stripes))
+    except OptionError as error:
+        raise OptionError(f"tensor {tensor.name!r} of shape {list(tensor.shape)}: {error.cause}") from None
+
+
+def _stripes_of(box: Box, shape: tuple[int, ...], position: int) -> Iterator[Stripe]:
+    """A box's ranges, in elements, counted from the tensor's first; in what is read they begin at `position`."""
+    inner, run = _whole_after(box, shape, len(shape) - 1)  # the last dimension that is cut, and what is behind it
+    outer, rows = _whole_after(box, shape, inner - 1)  # the one before that
+    start, end = box[inner] if inner >= 0 else (0, 1)
+    row = run * (shape[inner] if inner >= 0 else 1)
+    first, last = box[outer] if outer >= 0 else (0, 1)
+    block = row * rows * (shape[outer] if outer >= 0 else 1)
+    sizes = [math.prod(shape[dim + 1 : outer]) for dim in range(outer)]
+    nbytes, count = (end - start) * run, (last - first) * rows
+    for place in product(*(range(*limits) for limits in box[: max(outer, 0)])):
+        number = sum(at * size for at, size in zip(place, sizes, strict=True))
+        yield Stripe(number * block + first * rows * row + start * run, position, nbytes, row, nbytes, count)
+        position += nbytes * count
+
+
+def _whole_after(box: Box, shape: tuple[int, ...], dim: int) -> tuple[int, int]:
+    """The last dimension up to `dim` that is not whole (or -1), and how many indices there are behind it."""
+    size = 1
+    while dim >= 0 and box[dim] == (0, shape[dim]):
+        size *= shape[dim]
+        dim -= 1
+    return dim, size
 
 
 def _expert_ranges(owned: Sequence[int] | None, experts: int, ranks: Ranks) -> list[_Range]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,3 +107,27 @@ def test_neighbours_share_a_read_and_big_tensors_are_split() -> None:
 def test_a_read_is_at_least_a_page() -> None:
     with pytest.raises(ValueError, match="4096"):
         plan_reads(Catalog(()), read_bytes=4095, gap_bytes=0)
+
+
+@given(catalogs(), READ_BYTES, GAP_BYTES, st.randoms(use_true_random=False))
+def test_batches_come_in_the_order_of_asking(catalog: Catalog, read_bytes: int, gap_bytes: int, random: Random) -> None:
+    names = [tensor.name for file in catalog.files for tensor in file.tensors]
+    random.shuffle(names)
+    asked = {name: place for place, name in enumerate(names)}
+    plan = plan_reads(catalog, read_bytes=read_bytes, gap_bytes=gap_bytes, asked=asked)
+    firsts = [min(asked[tensor.name] for tensor in batch.tensors) for batch in plan.batches]
+    assert firsts == sorted(firsts)
+    assert [batch.index for batch in plan.batches] == list(range(len(plan.batches)))
+    assert sorted(tensor.name for batch in plan.batches for tensor in batch.tensors) == sorted(names)
+    assert sum(end - start for runs in covered(plan).values() for start, end in runs) == catalog.nbytes
+
+
+def test_neighbours_that_are_asked_for_far_apart_do_not_share_a_read() -> None:
+    """Layer 10 lies behind layer 1 in a file that is sorted by its letters."""
+    tensors = [
+        TensorInfo(f"layers.{number}.norm", "U8", (10,), 8 + 10 * number, 18 + 10 * number) for number in range(4)
+    ]
+    catalog = Catalog((ShardFile("model.safetensors", 48, 8, tuple(tensors)),))
+    asked = {"layers.0.norm": 0, "layers.1.norm": 1, "layers.2.norm": 500, "layers.3.norm": 499}
+    plan = plan_reads(catalog, read_bytes=4096, gap_bytes=0, asked=asked)
+    assert [[tensor.name[7] for tensor in batch.tensors] for batch in plan.batches] == [["0", "1"], ["2", "3"]]

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from streamload.checkpoint import DTYPE_BITS, TensorInfo
 from streamload.errors import OptionError
-from streamload.plan import Absent, Experts, PackedShard, Placement, Ranks, Replicate, Shard, slice_tensor
+from streamload.plan import (
+    Absent,
+    Box,
+    Experts,
+    PackedShard,
+    Placement,
+    Ranks,
+    Replicate,
+    Shard,
+    slice_boxes,
+    slice_tensor,
+)
 
 SHAPES = st.lists(st.integers(0, 7), min_size=1, max_size=4).map(tuple)
 
@@ -234,3 +245,40 @@ def test_parts_of_bytes() -> None:
 def test_what_has_no_meaning_is_refused(make: object) -> None:
     with pytest.raises(OptionError):
         make()  # type: ignore[operator]
+
+
+@st.composite
+def tensors_with_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    shape = tuple(draw(st.lists(st.integers(1, 4), max_size=4)))
+    boxes = []
+    for _ in range(draw(st.integers(1, 3))):
+        limits = []
+        for size in shape:
+            start = draw(st.integers(0, size))
+            limits.append(draw(st.sampled_from([(0, size), (start, draw(st.integers(start, size)))])))
+        boxes.append(tuple(limits))
+    return shape, boxes
+
+
+@given(tensors_with_boxes())
+def test_boxes_come_one_behind_the_other(case: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, boxes = case
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    expected = [
+        100 + sum(at * stride for at, stride in zip(place, strides, strict=True))
+        for box in boxes
+        for place in itertools.product(*(range(*limits) for limits in box))
+    ]
+    part = slice_boxes(whole(shape, "U8"), boxes)
+    found = [-1] * part.nbytes
+    for file_start, tensor_start, nbytes in part.runs(0, 1 << 60):
+        found[tensor_start : tensor_start + nbytes] = range(file_start, file_start + nbytes)
+    assert found == expected
+    assert math.prod(part.shape) == len(expected)
+
+
+def test_a_box_ends_with_a_byte() -> None:
+    tensor = whole((4, 6), "F4")
+    assert slice_boxes(tensor, [((0, 4), (2, 4))]).nbytes == 4
+    with pytest.raises(OptionError, match=r"'t' of shape \[4, 6\]"):
+        slice_boxes(tensor, [((0, 4), (1, 4))])

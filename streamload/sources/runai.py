@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +21,7 @@ from streamload.sources.keys import check_key
 from streamload.sources.local import LocalSource
 from streamload.sources.operations import Operations
 from streamload.sources.runai_engine import Engine, EngineError, EngineRead
-from streamload.sources.runai_settings import RunaiSettings, Setup
+from streamload.sources.runai_settings import RunaiSettings, Setup, file_strategy_is_set
 from streamload.sources.runai_versions import Versions
 from streamload.sources.s3 import S3Source
 from streamload.uris import scheme_of
@@ -37,9 +36,6 @@ _log = logging.getLogger("streamload.sources")
 # Where a read's views are smaller than this on average, our own source reads it: each view is a request of the
 # engine's, and one of our own fills them all.
 _SMALL_VIEW_BYTES = 1 << 20
-
-# The engine's own variable that says how files are read: past the page cache or not, by which calls.
-_FILE_STRATEGY = "RUNAI_STREAMER_FS_STRATEGY"
 
 # How long the engine's thread may take from having ended the engine to being gone: microseconds, if it is scheduled.
 _THREAD_EXIT_S = 1.0
@@ -227,7 +223,7 @@ class RunaiFileSource(RunaiSource):
         objects = await super().list()
         # Past the page cache these would come several times slower than out of it. Whoever has said how the engine is
         # to read files wants it to.
-        if _FILE_STRATEGY not in os.environ:
+        if not file_strategy_is_set():
             self._cached = await self._own.find_cached(objects)
         return objects
 

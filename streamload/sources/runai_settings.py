@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-__all__ = ["Backend", "RunaiSettings", "Setup", "variables_set"]
+__all__ = ["Backend", "RunaiSettings", "Setup", "file_strategy_is_set", "variables_set"]
 
 Backend = str
 """Which of its readers the engine needs: ``file``, ``s3``, ``gs`` or ``az``."""
@@ -86,6 +86,11 @@ class Setup:
             if virtual is not None:
                 said["RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING"] = str(int(virtual))
         return cls(backend, tuple(said.items()), credentials)
+
+
+def file_strategy_is_set() -> bool:
+    """Whether somebody has said how the engine is to read files: past the page cache or not, by which calls."""
+    return "RUNAI_STREAMER_FS_STRATEGY" in os.environ
 
 
 @contextmanager

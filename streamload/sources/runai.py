@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from streamload.checksums import Checksum, PartChecksums, Sha256
 from streamload.errors import (
     MissingDependencyError,
+    ObjectChangedError,
     OptionError,
     SourceError,
     TransientError,
@@ -95,7 +96,7 @@ class RunaiSource(Source):
         self._small_view_bytes = small_view_bytes
         self._operations = Operations()
         self._engine: Engine | None = None
-        self._versions = Versions(own.stat)
+        self._versions = Versions(self._look)
         self._abandoned = 0
 
     @property
@@ -186,6 +187,15 @@ class RunaiSource(Source):
         await self._versions.check(object)
         self.paths["by Run:ai's engine"] = self.paths.get("by Run:ai's engine", 0) + loan.nbytes
 
+    async def _look(self, object: SourceObject) -> None:
+        """Ask whether an object is still the version that was listed."""
+        found = await self._own.stat(object.key)
+        # Some servers quote the tag in one kind of answer and not in another.
+        if (found.version.strip('"'), found.size_bytes) != (object.version.strip('"'), object.size_bytes):
+            raise ObjectChangedError(
+                f"the object is now version {found.version}; the one seen first was {object.version}"
+            )
+
     def _engine_reads(self, object: SourceObject, loan: Loan) -> bool:
         """Whether a read is one for the engine."""
         return loan.nbytes >= self._small_view_bytes * len(loan.views)
@@ -269,6 +279,9 @@ class RunaiObjectSource(RunaiSource):
 
     def _forget_setup(self) -> None:
         self._connected = None
+
+    async def _look(self, object: SourceObject) -> None:
+        await self._own.check_version(object)
 
     async def _path(self, key: str) -> str | None:
         uri = self._own.plain_uri_of(key)

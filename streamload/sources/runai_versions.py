@@ -7,7 +7,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 
-from streamload.errors import ObjectChangedError
 from streamload.sources.base import SourceObject
 
 __all__ = ["Versions"]
@@ -17,11 +16,11 @@ class Versions:
     """Looks whether objects are still what they were.
 
     Args:
-        stat: Finds an object; see `Source.stat`.
+        look: Looks at an object, and raises ObjectChangedError where it is another version.
     """
 
-    def __init__(self, stat: Callable[[str], Awaitable[SourceObject]]) -> None:
-        self._stat = stat
+    def __init__(self, look: Callable[[SourceObject], Awaitable[None]]) -> None:
+        self._look = look
         self._clock = itertools.count()
         self._looks: defaultdict[tuple[str, str], _Look] = defaultdict(_Look)
 
@@ -39,12 +38,7 @@ class Versions:
             if look.began > asked:
                 return
             began = next(self._clock)
-            found = await self._stat(object.key)
-            # Some servers quote the tag in one kind of answer and not in another.
-            if (found.version.strip('"'), found.size_bytes) != (object.version.strip('"'), object.size_bytes):
-                raise ObjectChangedError(
-                    f"the object is now version {found.version}; the one seen first was {object.version}"
-                )
+            await self._look(object)
             look.began = began
 
 

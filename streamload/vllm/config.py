@@ -63,7 +63,7 @@ class ExtraConfig:
     """
 
     uri: str | None = None
-    mode: Mode = "auto"
+    mode: Mode = "whole"
     files: tuple[str, ...] | None = None
     pattern: str | None = None
     cast: bool = False
@@ -71,7 +71,7 @@ class ExtraConfig:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def parse(cls, given: object, *, mode: Mode = "auto") -> ExtraConfig:
+    def parse(cls, given: object, *, mode: Mode = "whole") -> ExtraConfig:
         """Check what vLLM was given.
 
         Args:

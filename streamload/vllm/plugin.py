@@ -13,7 +13,7 @@ __all__ = ["LOAD_FORMAT", "REPLACEABLE", "register"]
 LOAD_FORMAT = "streamload"
 
 #: Load formats of vLLM's that this one can be put in the place of, and the mode that serves each of them.
-REPLACEABLE: dict[str, Mode] = {"runai_streamer": "auto", "runai_streamer_sharded": "sharded"}
+REPLACEABLE: dict[str, Mode] = {"runai_streamer": "whole", "runai_streamer_sharded": "sharded"}
 
 _registered: set[str] = set()
 

@@ -195,7 +195,7 @@ def test_an_object_uri_as_the_model(
         _TP.loaded(uri, memory_limit=64 << 20, distributed=True).state_dict(),
         _TP.loaded(folder).state_dict(),
     )
-    assert log()[-1].startswith(f"Loaded {uri}, mode sliced")
+    assert log()[-1].startswith(f"Loaded {uri}, mode whole")
 
 
 def test_what_else_a_model_asks_for(shared: Path) -> None:

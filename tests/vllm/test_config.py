@@ -19,7 +19,7 @@ from streamload.vllm.places import below
 def test_what_is_said_is_a_loads_option() -> None:
     given = {"uri": "s3://models/llama", "memory_bytes": "256MiB", "concurrency": 16, "verify": "require"}
     config = ExtraConfig.parse(given)
-    assert (config.uri, config.mode) == ("s3://models/llama", "auto")
+    assert (config.uri, config.mode) == ("s3://models/llama", "whole")
     assert LoadOptions(**config.arguments(1)) == LoadOptions(memory_bytes=256 << 20, concurrency=16, verify="require")
 
 
@@ -64,7 +64,7 @@ def test_ranks_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> No
         ({"files": [7]}, r"files=\[7\] is not"),
         ({"enable_weights_track": "no"}, "enable_weights_track='no' is not true or false"),
         ({"cast": 1, "mode": "sharded"}, "cast=1 is not true or false"),
-        ({"pattern": "r{rank}.safetensors"}, "pattern is given in the mode 'auto', and is for 'sharded'"),
+        ({"pattern": "r{rank}.safetensors"}, "pattern is given in the mode 'whole', and is for 'sharded'"),
         ({"files": "*.safetensors", "mode": "sharded"}, "files is given in the mode 'sharded'"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gc
+import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -405,11 +406,15 @@ class _Session:
                 verify = session.get_config_variable("ca_bundle") or None
             creating = session.create_client("s3", config=config, endpoint_url=settings.endpoint_url, verify=verify)
             async with AsyncExitStack() as opening:
-                with _no_garbage_collected():
-                    client = await opening.enter_async_context(creating)
-                # To read it takes 50 ms.
-                if verify and urlsplit(client.meta.endpoint_url).scheme == "https":
-                    _check_ca_bundle(verify)
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        if verify:
+                            # On a thread: it takes 50 ms, and not the interpreter's lock.
+                            group.create_task(asyncio.to_thread(_check_ca_bundle, verify))
+                        with _no_garbage_collected():
+                            client = await opening.enter_async_context(creating)
+                except ExceptionGroup as errors:
+                    raise errors.exceptions[0] from None
                 stack = opening.pop_all()
         except FOREIGN_ERRORS as error:
             if isinstance(error, SourceError):
@@ -479,21 +484,40 @@ def _end_circles(response: tuple[Any, dict[str, Any]] | None, **_: Any) -> None:
         raise SourceError(f"{_host_of(response[0].url)} redirects without end")
 
 
+# Whether Python does not look for garbage because a client is being made.
+_paused = False
+
+
 @contextmanager
 def _no_garbage_collected() -> Iterator[None]:
     """Have Python not look for garbage meanwhile.
 
     botocore makes so many objects for a client, which stay, that Python looks through all that the process has: with
     torch imported it takes 130 ms, in which no other thread runs. Of loads that begin at once, the first to begin is
-    the one that has it look again.
+    the one that has it look again. So it does after these 100 ms even if the program has turned it off within them.
     """
-    was_enabled = gc.isenabled()
+    global _paused
+    if not gc.isenabled():
+        yield
+        return
     gc.disable()
+    _paused = True
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        _paused = False
+        gc.enable()
+
+
+def _collect_again() -> None:
+    """In a child that was forked meanwhile: it has not got the thread that would do so."""
+    global _paused
+    if _paused:
+        _paused = False
+        gc.enable()
+
+
+os.register_at_fork(after_in_child=_collect_again)
 
 
 @lru_cache(maxsize=1024)  # asked for each request, of which there are many for one object

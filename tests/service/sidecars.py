@@ -42,6 +42,7 @@ class LocalSidecar:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._serving: asyncio.Task[None] | None = None
+        self._sidecar: Sidecar | None = None
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -57,6 +58,10 @@ class LocalSidecar:
         """End the one that serves, and begin another one; returns when that has staged everything, or has failed."""
         self._call(self._restart())
 
+    def settle(self) -> None:
+        """Wait until it has staged everything, or has failed, whatever it was asked to begin meanwhile."""
+        self._call(self._settle())
+
     def _call(self, coroutine: Any) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(TIMEOUT_S)
 
@@ -67,15 +72,18 @@ class LocalSidecar:
         def make() -> Stager:
             return Stager(str(self._source), str(self._folder), StageOptions(), reading)
 
-        sidecar = Sidecar(make, str(self._folder), reading, drain_s=0.0, began_s=0.0)
+        self._sidecar = sidecar = Sidecar(make, str(self._folder), reading, drain_s=0.0, began_s=0.0)
 
         async def serve() -> None:
             async with Listeners(sidecar, str(self.socket), ServeOptions()):
                 await sidecar.run()
 
         self._serving = asyncio.create_task(serve())
-        while sidecar.state == "staging":
-            await sidecar.changed(TIMEOUT_S)
+        await self._settle()
+
+    async def _settle(self) -> None:
+        while self._sidecar is not None and self._sidecar.state == "staging":
+            await self._sidecar.changed(TIMEOUT_S)
 
     async def _stop(self) -> None:
         serving, self._serving = self._serving, None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
+from aiobotocore.session import AioSession
 
 from streamload.errors import CredentialsError, SourceError, TransientError
 from streamload.loan import Loan
@@ -174,8 +178,9 @@ def test_what_is_set_for_one_source(keys: pytest.MonkeyPatch, path: str, authori
     assert "ours" not in repr(S3Settings(access_key_id="ours", secret_access_key="ours"))
 
 
-def test_a_file_of_authorities_that_is_none(keys: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    keys.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:1")
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_file_of_authorities_that_is_none(keys: pytest.MonkeyPatch, tmp_path: Path, scheme: str) -> None:
+    keys.setenv("AWS_ENDPOINT_URL", f"{scheme}://127.0.0.1:1")
     (tmp_path / "empty.pem").touch()
 
     async def body() -> None:
@@ -185,6 +190,51 @@ def test_a_file_of_authorities_that_is_none(keys: pytest.MonkeyPatch, tmp_path: 
                 await _refused([source.list, lambda: _read(source)], SourceError, f"the CA bundle .*{name}.* is none")
 
     run_on_each_loop(body)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_as_before(keys: pytest.MonkeyPatch, enabled: bool) -> None:
+    keys.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    create_client = AioSession.create_client
+    seen: list[bool] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        created = create_client(*args, **kwargs)
+        real = created.__aenter__
+
+        async def entered() -> Any:
+            seen.append(gc.isenabled())
+            return await real()
+
+        keys.setattr(type(created), "__aenter__", lambda _: entered())
+        return created
+
+    keys.setattr(AioSession, "create_client", watched)
+
+    async def body() -> None:
+        async with S3Source("s3://bucket/llama") as source:
+            await source.connection()
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        asyncio.run(body())
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert seen == [False]
+
+
+def test_garbage_is_collected_in_a_child_that_is_forked_meanwhile() -> None:
+    script = (
+        "import gc, os\n"
+        "from streamload.sources.s3_client import _no_garbage_collected\n"
+        "with _no_garbage_collected():\n"
+        "    if not (child := os.fork()):\n"
+        "        os._exit(0 if gc.isenabled() else 1)\n"
+        "    assert not gc.isenabled() and os.waitpid(child, 0)[1] == 0\n"
+        "assert gc.isenabled()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=100)
 
 
 @contextlib.asynccontextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,14 @@ class TestSidecar(SourceConformance):
         (self.folder / "other.txt").touch()
         self.stale = True
         self._renew()
+
+    def run(self, body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        async def settled() -> None:
+            await body()
+            # It has tried again when it was asked what there is; its threads are not those of what was tested.
+            self.sidecar.settle()
+
+        super().run(settled)
 
     def test_stat_finds_what_list_found_and_what_lies_deeper(self) -> None:
         """Of what lies deeper, that is staged which the index names."""

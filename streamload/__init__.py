@@ -16,10 +16,11 @@ prints nothing, but for the bar of ``progress=True``.
 from __future__ import annotations
 
 import logging
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from streamload._version import __version__
 from streamload.checkpoint import Catalog, ShardFile, Stripe, TensorInfo
-from streamload.diagnosis import Diagnosis, Finding, doctor
 from streamload.errors import (
     AccessError,
     CheckpointError,
@@ -46,9 +47,7 @@ from streamload.errors import (
 )
 from streamload.events import Event, Progress
 from streamload.filling import load_into
-from streamload.inspection import Inspection, RankPlan, inspect
 from streamload.loader import AsyncStream, Stream, load, open, stream
-from streamload.manifesting import WrittenManifest, write_manifest
 from streamload.options import LoadOptions, Options
 from streamload.plan import (
     Absent,
@@ -65,15 +64,36 @@ from streamload.plan import (
     Shard,
 )
 from streamload.report import Report
-from streamload.saving import SavedShards, save_sharded
-from streamload.service import ServeArguments
-from streamload.serving import serve_checkpoint
-from streamload.sharding import ShardedCheckpoint, shard
-from streamload.slicing import LoadWeights, SlicedLoad, load_sliced
-from streamload.stage import StageArguments, Staged
-from streamload.staging import stage_checkpoint
 from streamload.trace import Trace
-from streamload.verification import BadBlock, FileVerification, Verification, verify
+
+if TYPE_CHECKING:
+    from streamload.diagnosis import Diagnosis, Finding, doctor
+    from streamload.inspection import Inspection, RankPlan, inspect
+    from streamload.manifesting import WrittenManifest, write_manifest
+    from streamload.saving import SavedShards, save_sharded
+    from streamload.service import ServeArguments
+    from streamload.serving import serve_checkpoint
+    from streamload.sharding import ShardedCheckpoint, shard
+    from streamload.slicing import LoadWeights, SlicedLoad, load_sliced
+    from streamload.stage import StageArguments, Staged
+    from streamload.staging import stage_checkpoint
+    from streamload.verification import BadBlock, FileVerification, Verification, verify
+
+# What is imported when it is first asked for: most programs load, and importing all of this takes a third of the time.
+_LATER = {
+    "diagnosis": ("Diagnosis", "Finding", "doctor"),
+    "inspection": ("Inspection", "RankPlan", "inspect"),
+    "manifesting": ("WrittenManifest", "write_manifest"),
+    "saving": ("SavedShards", "save_sharded"),
+    "service": ("ServeArguments",),
+    "serving": ("serve_checkpoint",),
+    "sharding": ("ShardedCheckpoint", "shard"),
+    "slicing": ("LoadWeights", "SlicedLoad", "load_sliced"),
+    "stage": ("StageArguments", "Staged"),
+    "staging": ("stage_checkpoint",),
+    "verification": ("BadBlock", "FileVerification", "Verification", "verify"),
+}
+_MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 
 # Without it, Python prints warnings to stderr where nobody has configured logging.
 logging.getLogger("streamload").addHandler(logging.NullHandler())
@@ -155,3 +175,14 @@ __all__ = [
     "verify",
     "write_manifest",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -273,6 +273,23 @@ def test_copies_that_overlap_in_part_keep_their_order(norms: tuple[Path, dict[st
     assert loaded.whole.keys() == {"one.weight", "one.other"}
 
 
+def test_the_order_is_that_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smaller tensor is read before the larger one is, and has to be copied after it."""
+    monkeypatch.setenv("STREAMLOAD_ORDER", "completion")
+    tensors = {"large": torch.full((4000, 1024), 1.0), "small": torch.full((20, 1024), 2.0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = nn.Module()
+    model.register_parameter("weight", poisoned(4000, 1024))
+
+    def load_weights(weights: Weights) -> None:
+        for name, tensor in weights:
+            first = 0 if name == "large" else 3990
+            model.get_parameter("weight").data[first : first + len(tensor)].copy_(tensor[: 4000 - first])
+
+    streamload.load_sliced(model, tmp_path, load_weights)
+    assert model.get_parameter("weight")[3990:].eq(2).all()
+
+
 def _into_anothers(model: Norms, name: str, tensor: torch.Tensor) -> object:
     """Nothing is known of this name before its values are, and then it changes what the others were copied to."""
     return model.two.weight.data.mul_(2) if name == "one.weight" and tensor[0, 0].item() > -99 else None
@@ -288,6 +305,178 @@ def test_what_is_read_whole_must_not_touch_what_was_recorded(norms: tuple[Path, 
     loaded = streamload.load_sliced(found, files[0].parent)
     check(found, expected)
     assert loaded.whole.keys() == set(NAMES)
+
+
+def _tied_unless_seen(model: Norms, weights: Weights) -> object:
+    """Computes with some names, and decides by the names that it was given."""
+    seen = {}
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+        seen[name] = tensor.shape
+    if "two.weight" not in seen:
+        model.two.weight = model.both
+    return seen
+
+
+def _refuses_a_part(model: Norms, weights: Weights) -> object:
+    seen = set()
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+        seen.add(name)
+    if seen != set(NAMES):
+        raise ValueError(f"only {seen} were given")
+    return seen
+
+
+def _loads_once(model: Norms, weights: Weights) -> object:
+    if hasattr(model, "is_loaded"):
+        return None
+    vars(model)["is_loaded"] = True
+    return _refuses_a_part(model, weights)
+
+
+def _notes_with_others(model: Norms, weights: Weights) -> object:
+    """What it notes about a module that is read whole comes with names that are not."""
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+        model.one.seen.append(name)
+        model.calls += 1
+    return model.calls
+
+
+def _clears_first(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        target = model.get_parameter(name).data
+        if name.startswith("one"):
+            target.copy_(tensor + 1)
+        else:
+            target.zero_()
+            target[:3].copy_(tensor[:3])
+    return None
+
+
+def _tied_by_a_value(model: Norms, weights: Weights) -> object:
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        else:
+            model.get_parameter(name).data.copy_(tensor)
+    if not factor:
+        model.two.weight = model.both
+    return factor
+
+
+ONE = {"one.weight", "one.other"}
+
+
+@pytest.mark.parametrize(
+    ("code", "whole"),
+    [
+        *((_tied_unless_seen, ONE), (_refuses_a_part, ONE), (_loads_once, ONE), (_notes_with_others, ONE)),
+        *((_clears_first, ONE), (_tied_by_a_value, {"one.other", "two.weight", "two.other"})),
+    ],
+)
+def test_the_code_sees_every_name_when_it_counts(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object], whole: set[str]
+) -> None:
+    check_code(norms, code, whole)
+
+
+def check_code(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object], whole: set[str]
+) -> None:
+    """Whether some code leaves and returns what it would have, and which names it was given whole."""
+    folder, tensors = norms
+    expected, found = Norms(lambda *_: None), Norms(lambda *_: None)
+    returned = code(expected, sorted((name, tensor.clone()) for name, tensor in tensors.items()))
+    loaded = streamload.load_sliced(found, folder, lambda weights: code(found, weights))
+    check(found, expected)
+    assert loaded.loaded == returned
+    assert loaded.whole.keys() == whole
+    for module, other in zip(found.modules(), expected.modules(), strict=True):
+        assert vars(module).keys() == vars(other).keys()
+    assert (found.calls, found.one.seen) == (expected.calls, expected.one.seen)
+
+
+def _paired(model: Norms, weights: Weights) -> object:
+    """Waits for two tensors, and looks at one."""
+    held: dict[str, torch.Tensor] = {}
+    for name, tensor in weights:
+        held[name] = tensor
+        if len(held) == 2:
+            scale, _ = held.values()
+            model.get_parameter(name).data.copy_(tensor * 2 if scale.max().item() > 0 else tensor)
+            held.clear()
+    return None
+
+
+def _carried(model: Norms, weights: Weights) -> object:
+    factor = 1.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        model.get_parameter(name).data.copy_(tensor if factor == 1.0 else tensor * factor)
+    return factor
+
+
+def _accumulated(model: Norms, weights: Weights) -> object:
+    """Adds to what there is, and does what is not to be foreseen when it has."""
+    factor = 1.0
+    for name, tensor in weights:
+        if name == "one.other":
+            model.one.other.data.add_(tensor)
+            model.one.weight.data.copy_(model.one.weight.data + 1)
+            factor = tensor.max().item()
+        elif name != "one.weight":
+            model.get_parameter(name).data.copy_(tensor)
+            if factor != 1.0:
+                model.get_parameter(name).data.mul_(factor)
+    return None
+
+
+def _kept_by_a_value(model: Norms, weights: Weights) -> object:
+    last = None
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor)
+        if last is not None and last.max().item() > 0:
+            model.one.seen.append("kept")
+            vars(model)["original"] = tensor
+        last = tensor if name == "one.other" else None
+    return vars(model).pop("original").sum().item()
+
+
+def _fails_by_a_value(model: Norms, weights: Weights) -> object:
+    """Takes another way where it cannot go on; which is of no use when a value is there at last."""
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        elif factor:
+            model.get_parameter(name).data.copy_(torch.from_numpy(tensor.numpy().copy()))
+        else:
+            model.get_parameter(name).data.copy_(tensor)
+    return None
+
+
+@pytest.mark.parametrize("code", [_paired, _carried, _accumulated, _kept_by_a_value, _fails_by_a_value])
+def test_who_does_otherwise_when_there_are_values_is_given_everything_whole(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object]
+) -> None:
+    check_code(norms, code, set(NAMES))
+
+
+def _tied_at_the_end(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        if name.startswith("one"):
+            model.get_parameter(name).data.copy_(tensor)
+    model.two.weight = model.one.weight
+    model.register_buffer("made", torch.arange(3))
+    return None
+
+
+def test_what_one_run_has_changed_stays(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    check_code(norms, _tied_at_the_end, set())
 
 
 def streamload_file(folder: Path, number: int, name: str, tensor: torch.Tensor) -> Path:
@@ -349,7 +538,7 @@ def test_a_file_that_ends_early_leaves_the_model_undefined(tmp_path: Path, decod
     assert "model.safetensors" in str(raised.value)
 
 
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"rank": 1, "world_size": 2}])
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"rank": 1, "world_size": 2}, {"order": "completion"}])
 def test_the_model_decides_what_goes_where(decoder: Path, options: Any) -> None:
     with pytest.raises(OptionError, match="load_sliced takes no"):
         streamload.load_sliced(Decoder(), decoder, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,15 +68,14 @@ class ModelState:
                     found.add(module)
         return found
 
-    def restore(self, modules: Iterable[torch.nn.Module] | None = None) -> None:
-        """Undo what was changed about these modules and their parameters; None: about all of them."""
-        for module in self._modules if modules is None else modules:
-            attributes = self._modules[module]
+    def restore(self) -> None:
+        """Undo what was changed about the modules and their parameters."""
+        for module, attributes in self._modules.items():
             attributes.restore()
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
-                    alias, attributes = self._tensors[tensor]
-                    attributes.restore()
+                    alias, own = self._tensors[tensor]
+                    own.restore()
                     if self._moved(tensor):
                         tensor.data = alias
 

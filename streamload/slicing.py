@@ -154,6 +154,7 @@ class _Sliced:
         self._sink: ParametersSink | None = None
         self._listed: Future[Catalog] = Future()
         self._chosen: Future[Catalog] = Future()
+        self._chosen.set_running_or_notify_cancel()  # a load that ends while it waits for it must not cancel it
         devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
         self._load = Load(
             uri, options, device=", ".join(devices) or "cpu", make_sink=self._make_sink, accept=self._accept

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import streamload
-from streamload.errors import NotFoundError, OptionError, StreamloadError
+from streamload.errors import DeadlineError, NotFoundError, OptionError, StreamloadError
 from tests.checkpoints import same_tensor, wrapped
 from tests.recorded_models import Decoder, checkpoint, poisoned
 
@@ -370,9 +374,33 @@ def _tied_by_a_value(model: Norms, weights: Weights) -> object:
 ONE = {"one.weight", "one.other"}
 
 
+def _takes_other_bits(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+    model.one.weight.data = model.one.weight.data.view(torch.int32)
+    return None
+
+
+def _turns_memory(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+    model.one.weight.data = model.one.weight.data.view(256, 4).t()
+    return model.one.weight.stride()
+
+
+def _keeps_what_it_made(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor)
+        if name == "two.weight":
+            vars(model)["zeros"] = torch.zeros_like(tensor)
+            vars(model)["index"] = torch.arange(4, device=tensor.device)
+    return [tensor.device.type for tensor in vars(model).values() if isinstance(tensor, torch.Tensor)]
+
+
 @pytest.mark.parametrize(
     ("code", "whole"),
     [
+        *((_takes_other_bits, ONE), (_turns_memory, ONE), (_keeps_what_it_made, {"two.weight"})),
         *((_tied_unless_seen, ONE), (_refuses_a_part, ONE), (_loads_once, ONE), (_notes_with_others, ONE)),
         *((_clears_first, ONE), (_tied_by_a_value, {"one.other", "two.weight", "two.other"})),
     ],
@@ -459,7 +487,28 @@ def _fails_by_a_value(model: Norms, weights: Weights) -> object:
     return None
 
 
-@pytest.mark.parametrize("code", [_paired, _carried, _accumulated, _kept_by_a_value, _fails_by_a_value])
+@torch.inference_mode()
+def _read_in_inference_mode(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        if name != "two.weight":
+            model.get_parameter(name).data.copy_(tensor)
+    return model.two.weight.data.copy_(model.one.weight.data.to(torch.bfloat16)).sum().item()
+
+
+@torch.inference_mode()
+def _reshaped_in_inference_mode(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor)
+    return model.one.weight.data.t().reshape(-1)[0].item()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(_paired, _carried, _accumulated, _kept_by_a_value, _fails_by_a_value),
+        *(_read_in_inference_mode, _reshaped_in_inference_mode),
+    ],
+)
 def test_who_does_otherwise_when_there_are_values_is_given_everything_whole(
     norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object]
 ) -> None:
@@ -544,6 +593,44 @@ def test_the_model_decides_what_goes_where(decoder: Path, options: Any) -> None:
         streamload.load_sliced(Decoder(), decoder, **options)
     with pytest.raises(OptionError, match="has no load_weights"):
         streamload.load_sliced(nn.Linear(2, 2), decoder)
+
+
+def test_parameters_may_lie_in_a_dict_of_another_kind(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, tensors = norms
+    expected, found = Norms(_squared), Norms(_squared)
+    found.one._parameters = OrderedDict(found.one._parameters)
+    expected.load_weights(sorted(tensors.items()))
+    assert streamload.load_sliced(found, folder).whole.keys() == ONE
+    check(found, expected)
+
+
+def test_a_deadline_may_pass_while_the_code_runs(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    threads = set(threading.enumerate())
+
+    def load_weights(weights: Weights) -> None:
+        for _ in weights:
+            pass
+        for thread in set(threading.enumerate()) - threads:
+            thread.join()  # the engine's, among others: it ends at the deadline
+
+    with pytest.raises(DeadlineError):
+        streamload.load_sliced(Norms(lambda *_: None), norms[0], load_weights, deadline_s=0.5)
+
+
+def test_what_cannot_be_read_is_an_error_though_the_code_goes_on(
+    tmp_path: Path, norms: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((norms[0] / "model.safetensors").read_bytes())
+    model = Norms(_squared)
+
+    def load_weights(weights: Weights) -> None:
+        with suppress(StreamloadError):
+            model.load_weights(weights)
+        os.truncate(path, 1000)
+
+    with pytest.raises(StreamloadError, match="now undefined"):
+        streamload.load_sliced(model, tmp_path, load_weights)
 
 
 def test_nothing_there_is_an_error_before_the_code_runs(tmp_path: Path) -> None:

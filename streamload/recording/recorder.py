@@ -203,7 +203,12 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
             (self._current,) = stand_ins[-1].names
         if func is _aten.copy_.default:
             return self._copy(*args[:2])
-        if self.is_view(func) or func in SHAPES:
+        if func in SHAPES:
+            return self._registered(func(*args, **kwargs))
+        if self.is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if self.is_view(func):
             return func(*args, **kwargs)
         if not stand_ins:
             return self._without(func, args, kwargs, tensors)
@@ -321,7 +326,14 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
                 raise self._stop(f"{func} changes the model's memory")
             self._note_constant(args)
             self._before.keep(args[0])
-        return func(*args, **kwargs)
+        return self._registered(func(*args, **kwargs))
+
+    def _registered(self, made: Any) -> Any:
+        """What an operation makes without memory has no values either, though none of a stand-in's."""
+        for tensor in tensors_in([made]):
+            if tensor.is_meta and storage_key(tensor) not in self._stand_ins:
+                self._register(tensor, frozenset(self._with_given(())), known=False)
+        return made
 
     def _note_constant(self, args: Sequence[Any]) -> None:
         target, value = args[0], args[1] if len(args) > 1 else 0

@@ -104,7 +104,7 @@ class Replay(Recorder):  # type: ignore[no-untyped-call]
                 self._before.keep(tensor)
         if replaced is not None:
             self._before.drop(replaced)
-        return func(*args, **kwargs)
+        return self._registered(func(*args, **kwargs))
 
     def _difference(self) -> str | None:
         """What was done otherwise than it was recorded, if anything was."""

@@ -81,7 +81,8 @@ class ModelState:
 
     def _moved(self, tensor: torch.Tensor) -> bool:
         alias, _ = self._tensors[tensor]
-        return tensor.is_meta or tensor.shape != alias.shape or tensor.data_ptr() != alias.data_ptr()
+        looks = [(each.is_meta, each.dtype, each.shape, each.stride()) for each in (tensor, alias)]
+        return looks[0] != looks[1] or tensor.data_ptr() != alias.data_ptr()
 
 
 class _Attributes:
@@ -92,7 +93,13 @@ class _Attributes:
     def __init__(self, thing: object) -> None:
         self._object = thing
         self._values = dict(vars(thing))
-        self._content = [(value, type(value)(value)) for value in self._values.values() if type(value) in _CONTAINERS]
+        self._content: list[tuple[Any, Any]] = [
+            # A plain one of each kind: there are those whose kind is made of other arguments.
+            (value, kind(value))
+            for value in self._values.values()
+            for kind in _CONTAINERS
+            if isinstance(value, kind)
+        ]
 
     def items(self, name: str) -> dict[str, Any]:
         """What was in a dict among them."""

@@ -38,6 +38,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.memories = memories
         self._mutated: dict[Any, tuple[int | str, ...]] = {}
         self._views: set[Any] = set()
+        self._composites: set[Any] = set()
 
     def written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors that an operation writes into."""
@@ -55,6 +56,15 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._look_at(func)
         return func in self._views
 
+    def is_composite(self, func: Any) -> bool:
+        """Whether it is made of other operations.
+
+        As a rule these are what the dispatcher shows, but not where autograd has no part: in inference mode.
+        """
+        if func not in self._mutated:
+            self._look_at(func)
+        return func in self._composites
+
     def _look_at(self, func: Any) -> None:
         places: list[int | str] = []
         for place, argument in enumerate(func._schema.arguments):
@@ -63,6 +73,8 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mutated[func] = tuple(places)
         if not places and any(result.alias_info is not None for result in func._schema.returns):
             self._views.add(func)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            self._composites.add(func)
 
     def memory(self, tensor: torch.Tensor) -> Memory | None:
         return self.memories.get(storage_key(tensor))

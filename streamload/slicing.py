@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
@@ -23,7 +24,7 @@ from streamload.sinks.targets import Target
 if TYPE_CHECKING:
     import torch
 
-    from streamload.recording import Recording
+    from streamload.recording import Leftovers, Recording
 
 __all__ = ["LoadWeights", "SlicedLoad", "fill_sliced", "load_sliced"]
 
@@ -130,10 +131,18 @@ def fill_sliced(
         StreamloadError: As there.
     """
     found = _Sliced(model, uri, options, code, wanted).run(record=record)
-    if isinstance(found, str):
-        found = _Sliced(model, uri, options, code, wanted).run(record=False, problem=found)
-        assert not isinstance(found, str)
+    if isinstance(found, _Differs):
+        found = _Sliced(model, uri, options, code, wanted).run(record=False, differs=found)
+        assert isinstance(found, SlicedLoad)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Differs:
+    """The code did otherwise than it was recorded: why everything has to be loaded again, and what was read."""
+
+    problem: str
+    leftovers: Leftovers
 
 
 class _Sliced:
@@ -160,12 +169,12 @@ class _Sliced:
             uri, options, device=", ".join(devices) or "cpu", make_sink=self._make_sink, accept=self._accept
         )
 
-    def run(self, *, record: bool, problem: str = "as asked for") -> SlicedLoad | str:
+    def run(self, *, record: bool, differs: _Differs | None = None) -> SlicedLoad | _Differs:
         """Load everything.
 
         Args:
             record: Whether to record what the code does.
-            problem: Why not.
+            differs: Why not, unless nobody wants it to be recorded.
 
         Returns:
             What happened; or why it has to be done again without recording.
@@ -188,21 +197,28 @@ class _Sliced:
                 if record:
                     recording = record_copies(tensors, self._code, self._model)
                 else:
-                    recording = record_nothing(tensors, problem)
+                    recording = record_nothing(tensors, differs.problem if differs else "as asked for")
                 self._chosen.set_result(self._choose(catalog, recording))
                 self._load.opened.result()
                 loaded = recording.loaded
                 if recording.replay is None:
-                    loaded = self._code(_handed(stream))
+                    with differs.leftovers if differs else nullcontext():
+                        loaded = self._code(_handed(stream))
                 elif recording.whole:
                     replay = recording.replay(_Taking(stream, recording.whole))
-                    differs = replay.run(tensors, self._code)
-                    if differs is not None:
+                    problem = replay.run(tensors, self._code)
+                    if problem is not None:
                         replay.undo()
-                        return differs
+                        return _Differs(problem, replay.leftovers())
                     loaded = replay.loaded
                 for _ in stream:
                     pass
+            left = differs.leftovers.names() if differs else []
+            if left:
+                raise StreamloadError(
+                    f"the model's code was seen to copy {left[0]!r}, and did not when it was given everything whole: the "
+                    "content of what that was read into is undefined now; load the model with record=False"
+                )
         except BaseException as error:
             if isinstance(error, StreamloadError):
                 error.locate(uri=self._load.uri)

@@ -515,6 +515,24 @@ def test_who_does_otherwise_when_there_are_values_is_given_everything_whole(
     check_code(norms, code, set(NAMES))
 
 
+def _elsewhere_by_a_value(model: Norms, weights: Weights) -> object:
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        elif name == "two.weight" and factor:
+            model.both.data[:4].copy_(tensor)
+        else:
+            model.get_parameter(name).data.copy_(tensor)
+    return None
+
+
+def test_what_was_read_in_vain_is_not_left_there(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    model = Norms(lambda *_: None)
+    with pytest.raises(StreamloadError, match=r"was seen to copy 'two.weight'.*undefined now"):
+        streamload.load_sliced(model, norms[0], lambda weights: _elsewhere_by_a_value(model, weights))
+
+
 def _tied_at_the_end(model: Norms, weights: Weights) -> object:
     for name, tensor in weights:
         if name.startswith("one"):

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamload.checkpoint import TensorInfo
+from streamload.recording.leftovers import Leftovers
 from streamload.recording.recorder import Recorder
 from streamload.recording.replay import Replay
 from streamload.recording.state import ModelState
@@ -33,7 +34,7 @@ from streamload.sinks.regions import RegionCopy
 if TYPE_CHECKING:
     from streamload.slicing import LoadWeights
 
-__all__ = ["Recording", "Replay", "record_copies", "record_nothing"]
+__all__ = ["Leftovers", "Recording", "Replay", "record_copies", "record_nothing"]
 
 # Each run leaves out the names of one more kind; a model with more kinds that cannot be recorded is loaded whole.
 _MOST_RUNS = 8

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamload.checkpoint import TensorInfo
+from streamload.recording.leftovers import Leftovers
 from streamload.recording.recorder import Recorder
 from streamload.recording.state import ModelState
 from streamload.recording.watcher import CONSTANTS, storage_key
@@ -61,6 +62,10 @@ class Replay(Recorder):  # type: ignore[no-untyped-call]
         if problem is None:
             self.settle()
         return problem
+
+    def leftovers(self) -> Leftovers:
+        """To be entered while everything is loaded again."""
+        return Leftovers(self._state, self._recorded)
 
     def _given_for(self, tensor: TensorInfo) -> torch.Tensor:
         if tensor.name not in self._names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -52,6 +53,13 @@ class ModelState:
     def memories(self) -> dict[int, Memory]:
         """The model's storages, in which nothing was written yet."""
         return {key: Memory(storage) for key, storage in self.storages.items()}
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The parameters and buffers that the modules have now."""
+        for module in self._modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    yield tensor
 
     def replaced(self) -> set[torch.nn.Module]:
         """The modules that have other parameters than before, or parameters with other memory."""

@@ -213,11 +213,11 @@ class _Sliced:
                     loaded = replay.loaded
                 for _ in stream:
                     pass
-            left = differs.leftovers.names() if differs else []
-            if left:
+            left = differs.leftovers.first() if differs else None
+            if left is not None:
                 raise StreamloadError(
-                    f"the model's code was seen to copy {left[0]!r}, and did not when it was given everything whole: the "
-                    "content of what that was read into is undefined now; load the model with record=False"
+                    f"the model's code was seen to write {left}, and did not when it was given everything whole: what "
+                    "that was written into is undefined now; load the model with record=False"
                 )
         except BaseException as error:
             if isinstance(error, StreamloadError):

@@ -527,10 +527,27 @@ def _elsewhere_by_a_value(model: Norms, weights: Weights) -> object:
     return None
 
 
-def test_what_was_read_in_vain_is_not_left_there(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def _cleared_by_a_value(model: Norms, weights: Weights) -> object:
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        elif name == "two.weight":
+            model.both.data[:4].copy_(tensor)
+            if not factor:
+                model.both.data[4:].zero_()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("code", "left"), [(_elsewhere_by_a_value, "'two.weight'"), (_cleared_by_a_value, "a constant")]
+)
+def test_what_was_written_in_vain_is_not_left_there(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object], left: str
+) -> None:
     model = Norms(lambda *_: None)
-    with pytest.raises(StreamloadError, match=r"was seen to copy 'two.weight'.*undefined now"):
-        streamload.load_sliced(model, norms[0], lambda weights: _elsewhere_by_a_value(model, weights))
+    with pytest.raises(StreamloadError, match=rf"was seen to write {left}.*undefined now"):
+        streamload.load_sliced(model, norms[0], lambda weights: code(model, weights))
 
 
 def _tied_at_the_end(model: Norms, weights: Weights) -> object:

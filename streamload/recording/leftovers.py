@@ -38,13 +38,16 @@ class Leftovers(Watcher):  # type: ignore[no-untyped-call]
                 memory.add(Write(tensor), ())
         return func(*args, **(kwargs or {}))
 
-    def names(self) -> list[str]:
-        """Whose values are still there, in memory that is still the model's."""
+    def first(self) -> str | None:
+        """What is still there, in memory that is still the model's, though the code did not write there again."""
         current = {storage_key(tensor) for tensor in self._state.tensors()}
-        return [
-            write.name
-            for key, memory in self._recorded.memories.items()
-            if memory.problem is None and key in current
-            for write in memory.writes
-            if not self.memories[key].overlapping(write)
-        ]
+        for key, memory in self._recorded.memories.items():
+            if memory.problem is None and key in current:
+                for write in memory.writes:
+                    if not self.memories[key].overlapping(write):
+                        return repr(write.name)
+        for target, _ in self._recorded.constants:
+            key = storage_key(target)
+            if self._recorded.fills_memory(target) and key in current and not self.memories[key].touched(target):
+                return "a constant"
+        return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
@@ -23,7 +24,7 @@ from streamload.sinks.targets import Target
 if TYPE_CHECKING:
     import torch
 
-    from streamload.recording import Recording
+    from streamload.recording import Leftovers, Recording
 
 __all__ = ["LoadWeights", "SlicedLoad", "fill_sliced", "load_sliced"]
 
@@ -38,7 +39,7 @@ class SlicedLoad:
     Attributes:
         report: What happened. Its bytes are those that were needed, and those that were read.
         checkpoint_bytes: How many bytes the checkpoint's tensors have, but for those that were left out by name.
-        loaded: What the model's loading code returned; where it ran twice and both returned sets, all that is in them.
+        loaded: What the model's loading code returned; where it ran more than once, the last time.
         whole: The names whose tensors were read whole and given to the loading code, and why.
     """
 
@@ -72,18 +73,19 @@ def load_sliced(
 
     The code is run once on stand-ins that have names, shapes and dtypes, and no memory. What it copies of them into the
     model's parameters and buffers is recorded, and only those bytes are read: of a model that is shared out among
-    ranks, this rank's. What cannot be recorded, since the code looks at values or computes with them, is read whole and
-    given to the code in a second run; so is all else that goes into the same modules. When this returns, everything is
-    in place and verified as far as the source allows; when it raises after reading has begun, the content of the model
-    is undefined, and the error says so.
+    ranks, this rank's. What cannot be recorded, since the code looks at values or computes with them, is read whole; so
+    is all else that goes into the same modules. The code is then run again, on these tensors and stand-ins for the
+    others. If it does not copy exactly what was recorded then, all is loaded again, whole. When this returns,
+    everything is in place and verified as far as the source allows; when it raises after reading has begun, the content
+    of the model is undefined, and the error says so.
 
     Args:
         model: Where the tensors go: they may lie on any device but ``meta``.
         uri: As for `open`.
         load_weights: The code; None: the model's ``load_weights``. It is called on this thread.
         record: False: record nothing, and give it all tensors whole.
-        **options: The fields of `LoadOptions`, except for ``device`` and what says which rank this is: the model's code
-            knows.
+        **options: The fields of `LoadOptions`, except for ``device``, for what says which rank this is, which the
+            model's code knows, and for ``order``: it is given tensors in the order of the files.
 
     Returns:
         What happened, what the code returned, and which names were read whole.
@@ -95,14 +97,14 @@ def load_sliced(
         Exception: Whatever the model's code raises when it is given whole tensors.
     """
     require_torch()
-    for name in ("device", "rank"):
+    for name in ("device", "rank", "order"):
         if options.get(name) is not None:
-            raise OptionError(f"load_sliced takes no {name}: the model and its own code decide")
+            raise OptionError(f"load_sliced takes no {name}: the model's code decides, and is given the files' order")
     code = load_weights if load_weights is not None else getattr(model, "load_weights", None)
     if not callable(code):
         raise OptionError(f"a {type(model).__name__} has no load_weights: give what loads names and tensors into it")
-    # What the environment says about devices and ranks is not meant for this either.
-    resolved = resolve_options({**options, "device": "cpu", "rank": None})
+    # What the environment says about these is not meant for this either.
+    resolved = resolve_options({**options, "device": "cpu", "rank": None, "order": "file"})
     return fill_sliced(model, os.fspath(uri), resolved, code, record=record)
 
 
@@ -120,7 +122,7 @@ def fill_sliced(
     Args:
         model: As there.
         uri: As there.
-        options: Resolved ones.
+        options: Resolved ones, in the order of the files.
         code: The loading code.
         record: As there.
         wanted: Which names the code is given.
@@ -129,10 +131,18 @@ def fill_sliced(
         StreamloadError: As there.
     """
     found = _Sliced(model, uri, options, code, wanted).run(record=record)
-    if isinstance(found, str):
-        found = _Sliced(model, uri, options, code, wanted).run(record=False, problem=found)
-        assert not isinstance(found, str)
+    if isinstance(found, _Differs):
+        found = _Sliced(model, uri, options, code, wanted).run(record=False, differs=found)
+        assert isinstance(found, SlicedLoad)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Differs:
+    """The code did otherwise than it was recorded: why everything has to be loaded again, and what was read."""
+
+    problem: str
+    leftovers: Leftovers
 
 
 class _Sliced:
@@ -153,17 +163,18 @@ class _Sliced:
         self._sink: ParametersSink | None = None
         self._listed: Future[Catalog] = Future()
         self._chosen: Future[Catalog] = Future()
+        self._chosen.set_running_or_notify_cancel()  # a load that ends while it waits for it must not cancel it
         devices = sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())})
         self._load = Load(
             uri, options, device=", ".join(devices) or "cpu", make_sink=self._make_sink, accept=self._accept
         )
 
-    def run(self, *, record: bool, problem: str = "as asked for") -> SlicedLoad | str:
+    def run(self, *, record: bool, differs: _Differs | None = None) -> SlicedLoad | _Differs:
         """Load everything.
 
         Args:
             record: Whether to record what the code does.
-            problem: Why not.
+            differs: Why not, unless nobody wants it to be recorded.
 
         Returns:
             What happened; or why it has to be done again without recording.
@@ -186,24 +197,28 @@ class _Sliced:
                 if record:
                     recording = record_copies(tensors, self._code, self._model)
                 else:
-                    recording = record_nothing(tensors, problem)
+                    recording = record_nothing(tensors, differs.problem if differs else "as asked for")
                 self._chosen.set_result(self._choose(catalog, recording))
                 self._load.opened.result()
                 loaded = recording.loaded
-                if recording.whole:
-                    try:
-                        with recording.guard:
-                            again = self._code(self._whole(stream, recording))
-                    except Exception:
-                        if recording.guard.conflict is None:
-                            raise
-                    if recording.guard.conflict is not None:  # which the code may have caught
-                        recording.undo()
-                        return recording.guard.conflict
-                    both = isinstance(loaded, Set) and isinstance(again, Set)
-                    loaded = loaded | again if both else again
+                if recording.replay is None:
+                    with differs.leftovers if differs else nullcontext():
+                        loaded = self._code(_handed(stream))
+                elif recording.whole:
+                    replay = recording.replay(_Taking(stream, recording.whole))
+                    problem = replay.run(tensors, self._code)
+                    if problem is not None:
+                        replay.undo()
+                        return _Differs(problem, replay.leftovers())
+                    loaded = replay.loaded
                 for _ in stream:
                     pass
+            left = differs.leftovers.first() if differs else None
+            if left is not None:
+                raise StreamloadError(
+                    f"the model's code was seen to write {left}, and did not when it was given everything whole: what "
+                    "that was written into is undefined now; load the model with record=False"
+                )
         except BaseException as error:
             if isinstance(error, StreamloadError):
                 error.locate(uri=self._load.uri)
@@ -233,21 +248,6 @@ class _Sliced:
                 files.append(replace(file, tensors=tuple(sorted(parts, key=lambda part: (part.start, part.end)))))
         return Catalog(tuple(files))
 
-    def _whole(self, stream: Stream, recording: Recording) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors that the code is given; what else arrives meanwhile is put in place."""
-        guard = recording.guard
-        while True:
-            guard.paused = True
-            try:
-                item = next(stream, None)
-            finally:
-                guard.paused = False
-            if item is None:
-                return
-            if item[0] in recording.whole:
-                yield item
-            del item
-
     def _make_sink(
         self, *, memory_bytes: int, read_bytes: int, concurrency: int, congruence_bytes: int = 1
     ) -> ParametersSink:
@@ -255,3 +255,31 @@ class _Sliced:
             lambda tensor: self._targets[tensor.name], memory_bytes, congruence_bytes=congruence_bytes
         )
         return self._sink
+
+
+def _handed(stream: Stream) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors; an iterator that the code may leave early, without closing the stream."""
+    for name, tensor in stream:
+        yield name, tensor
+        # Whoever has it from here on keeps it.
+        del tensor
+
+
+class _Taking:
+    """Takes whole tensors by their names; what else arrives meanwhile is put in place."""
+
+    def __init__(self, stream: Stream, whole: Mapping[str, str]) -> None:
+        self._stream = stream
+        self._whole = whole
+        # They come in the files' order, in which they are taken, but for those without a byte: these lie anywhere.
+        self._early: dict[str, torch.Tensor] = {}
+
+    def __call__(self, wanted: str) -> torch.Tensor:
+        if wanted in self._early:
+            return self._early.pop(wanted)
+        for name, tensor in self._stream:
+            if name == wanted:
+                return tensor
+            if name in self._whole:
+                self._early[name] = tensor
+        raise AssertionError(f"{wanted!r} did not come")

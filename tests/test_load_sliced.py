@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import streamload
-from streamload.errors import NotFoundError, OptionError, StreamloadError
+from streamload.errors import DeadlineError, NotFoundError, OptionError, StreamloadError
 from tests.checkpoints import same_tensor, wrapped
 from tests.recorded_models import Decoder, checkpoint, poisoned
 
@@ -273,6 +277,23 @@ def test_copies_that_overlap_in_part_keep_their_order(norms: tuple[Path, dict[st
     assert loaded.whole.keys() == {"one.weight", "one.other"}
 
 
+def test_the_order_is_that_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smaller tensor is read before the larger one is, and has to be copied after it."""
+    monkeypatch.setenv("STREAMLOAD_ORDER", "completion")
+    tensors = {"large": torch.full((4000, 1024), 1.0), "small": torch.full((20, 1024), 2.0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = nn.Module()
+    model.register_parameter("weight", poisoned(4000, 1024))
+
+    def load_weights(weights: Weights) -> None:
+        for name, tensor in weights:
+            first = 0 if name == "large" else 3990
+            model.get_parameter("weight").data[first : first + len(tensor)].copy_(tensor[: 4000 - first])
+
+    streamload.load_sliced(model, tmp_path, load_weights)
+    assert model.get_parameter("weight")[3990:].eq(2).all()
+
+
 def _into_anothers(model: Norms, name: str, tensor: torch.Tensor) -> object:
     """Nothing is known of this name before its values are, and then it changes what the others were copied to."""
     return model.two.weight.data.mul_(2) if name == "one.weight" and tensor[0, 0].item() > -99 else None
@@ -288,6 +309,258 @@ def test_what_is_read_whole_must_not_touch_what_was_recorded(norms: tuple[Path, 
     loaded = streamload.load_sliced(found, files[0].parent)
     check(found, expected)
     assert loaded.whole.keys() == set(NAMES)
+
+
+def _tied_unless_seen(model: Norms, weights: Weights) -> object:
+    """Computes with some names, and decides by the names that it was given."""
+    seen = {}
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+        seen[name] = tensor.shape
+    if "two.weight" not in seen:
+        model.two.weight = model.both
+    return seen
+
+
+def _refuses_a_part(model: Norms, weights: Weights) -> object:
+    seen = set()
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+        seen.add(name)
+    if seen != set(NAMES):
+        raise ValueError(f"only {seen} were given")
+    return seen
+
+
+def _loads_once(model: Norms, weights: Weights) -> object:
+    if hasattr(model, "is_loaded"):
+        return None
+    vars(model)["is_loaded"] = True
+    return _refuses_a_part(model, weights)
+
+
+def _notes_with_others(model: Norms, weights: Weights) -> object:
+    """What it notes about a module that is read whole comes with names that are not."""
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+        model.one.seen.append(name)
+        model.calls += 1
+    return model.calls
+
+
+def _clears_first(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        target = model.get_parameter(name).data
+        if name.startswith("one"):
+            target.copy_(tensor + 1)
+        else:
+            target.zero_()
+            target[:3].copy_(tensor[:3])
+    return None
+
+
+def _tied_by_a_value(model: Norms, weights: Weights) -> object:
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        else:
+            model.get_parameter(name).data.copy_(tensor)
+    if not factor:
+        model.two.weight = model.both
+    return factor
+
+
+ONE = {"one.weight", "one.other"}
+
+
+def _takes_other_bits(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+    model.one.weight.data = model.one.weight.data.view(torch.int32)
+    return None
+
+
+def _turns_memory(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor + 1 if name.startswith("one") else tensor)
+    model.one.weight.data = model.one.weight.data.view(256, 4).t()
+    return model.one.weight.stride()
+
+
+def _keeps_what_it_made(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor)
+        if name == "two.weight":
+            vars(model)["zeros"] = torch.zeros_like(tensor)
+            vars(model)["index"] = torch.arange(4, device=tensor.device)
+    return [tensor.device.type for tensor in vars(model).values() if isinstance(tensor, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("code", "whole"),
+    [
+        *((_takes_other_bits, ONE), (_turns_memory, ONE), (_keeps_what_it_made, {"two.weight"})),
+        *((_tied_unless_seen, ONE), (_refuses_a_part, ONE), (_loads_once, ONE), (_notes_with_others, ONE)),
+        *((_clears_first, ONE), (_tied_by_a_value, {"one.other", "two.weight", "two.other"})),
+    ],
+)
+def test_the_code_sees_every_name_when_it_counts(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object], whole: set[str]
+) -> None:
+    check_code(norms, code, whole)
+
+
+def check_code(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object], whole: set[str]
+) -> None:
+    """Whether some code leaves and returns what it would have, and which names it was given whole."""
+    folder, tensors = norms
+    expected, found = Norms(lambda *_: None), Norms(lambda *_: None)
+    returned = code(expected, sorted((name, tensor.clone()) for name, tensor in tensors.items()))
+    loaded = streamload.load_sliced(found, folder, lambda weights: code(found, weights))
+    check(found, expected)
+    assert loaded.loaded == returned
+    assert loaded.whole.keys() == whole
+    for module, other in zip(found.modules(), expected.modules(), strict=True):
+        assert vars(module).keys() == vars(other).keys()
+    assert (found.calls, found.one.seen) == (expected.calls, expected.one.seen)
+
+
+def _paired(model: Norms, weights: Weights) -> object:
+    """Waits for two tensors, and looks at one."""
+    held: dict[str, torch.Tensor] = {}
+    for name, tensor in weights:
+        held[name] = tensor
+        if len(held) == 2:
+            scale, _ = held.values()
+            model.get_parameter(name).data.copy_(tensor * 2 if scale.max().item() > 0 else tensor)
+            held.clear()
+    return None
+
+
+def _carried(model: Norms, weights: Weights) -> object:
+    factor = 1.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        model.get_parameter(name).data.copy_(tensor if factor == 1.0 else tensor * factor)
+    return factor
+
+
+def _accumulated(model: Norms, weights: Weights) -> object:
+    """Adds to what there is, and does what is not to be foreseen when it has."""
+    factor = 1.0
+    for name, tensor in weights:
+        if name == "one.other":
+            model.one.other.data.add_(tensor)
+            model.one.weight.data.copy_(model.one.weight.data + 1)
+            factor = tensor.max().item()
+        elif name != "one.weight":
+            model.get_parameter(name).data.copy_(tensor)
+            if factor != 1.0:
+                model.get_parameter(name).data.mul_(factor)
+    return None
+
+
+def _kept_by_a_value(model: Norms, weights: Weights) -> object:
+    last = None
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor)
+        if last is not None and last.max().item() > 0:
+            model.one.seen.append("kept")
+            vars(model)["original"] = tensor
+        last = tensor if name == "one.other" else None
+    return vars(model).pop("original").sum().item()
+
+
+def _fails_by_a_value(model: Norms, weights: Weights) -> object:
+    """Takes another way where it cannot go on; which is of no use when a value is there at last."""
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        elif factor:
+            model.get_parameter(name).data.copy_(torch.from_numpy(tensor.numpy().copy()))
+        else:
+            model.get_parameter(name).data.copy_(tensor)
+    return None
+
+
+@torch.inference_mode()
+def _read_in_inference_mode(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        if name != "two.weight":
+            model.get_parameter(name).data.copy_(tensor)
+    return model.two.weight.data.copy_(model.one.weight.data.to(torch.bfloat16)).sum().item()
+
+
+@torch.inference_mode()
+def _reshaped_in_inference_mode(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        model.get_parameter(name).data.copy_(tensor)
+    return model.one.weight.data.t().reshape(-1)[0].item()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *(_paired, _carried, _accumulated, _kept_by_a_value, _fails_by_a_value),
+        *(_read_in_inference_mode, _reshaped_in_inference_mode),
+    ],
+)
+def test_who_does_otherwise_when_there_are_values_is_given_everything_whole(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object]
+) -> None:
+    check_code(norms, code, set(NAMES))
+
+
+def _elsewhere_by_a_value(model: Norms, weights: Weights) -> object:
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        elif name == "two.weight" and factor:
+            model.both.data[:4].copy_(tensor)
+        else:
+            model.get_parameter(name).data.copy_(tensor)
+    return None
+
+
+def _cleared_by_a_value(model: Norms, weights: Weights) -> object:
+    factor = 0.0
+    for name, tensor in weights:
+        if name == "one.other":
+            factor = tensor.max().item()
+        elif name == "two.weight":
+            model.both.data[:4].copy_(tensor)
+            if not factor:
+                model.both.data[4:].zero_()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("code", "left"), [(_elsewhere_by_a_value, "'two.weight'"), (_cleared_by_a_value, "a constant")]
+)
+def test_what_was_written_in_vain_is_not_left_there(
+    norms: tuple[Path, dict[str, torch.Tensor]], code: Callable[[Norms, Weights], object], left: str
+) -> None:
+    model = Norms(lambda *_: None)
+    with pytest.raises(StreamloadError, match=rf"was seen to write {left}.*undefined now"):
+        streamload.load_sliced(model, norms[0], lambda weights: code(model, weights))
+
+
+def _tied_at_the_end(model: Norms, weights: Weights) -> object:
+    for name, tensor in weights:
+        if name.startswith("one"):
+            model.get_parameter(name).data.copy_(tensor)
+    model.two.weight = model.one.weight
+    model.register_buffer("made", torch.arange(3))
+    return None
+
+
+def test_what_one_run_has_changed_stays(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    check_code(norms, _tied_at_the_end, set())
 
 
 def streamload_file(folder: Path, number: int, name: str, tensor: torch.Tensor) -> Path:
@@ -349,12 +622,50 @@ def test_a_file_that_ends_early_leaves_the_model_undefined(tmp_path: Path, decod
     assert "model.safetensors" in str(raised.value)
 
 
-@pytest.mark.parametrize("options", [{"device": "cpu"}, {"rank": 1, "world_size": 2}])
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"rank": 1, "world_size": 2}, {"order": "completion"}])
 def test_the_model_decides_what_goes_where(decoder: Path, options: Any) -> None:
     with pytest.raises(OptionError, match="load_sliced takes no"):
         streamload.load_sliced(Decoder(), decoder, **options)
     with pytest.raises(OptionError, match="has no load_weights"):
         streamload.load_sliced(nn.Linear(2, 2), decoder)
+
+
+def test_parameters_may_lie_in_a_dict_of_another_kind(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, tensors = norms
+    expected, found = Norms(_squared), Norms(_squared)
+    found.one._parameters = OrderedDict(found.one._parameters)
+    expected.load_weights(sorted(tensors.items()))
+    assert streamload.load_sliced(found, folder).whole.keys() == ONE
+    check(found, expected)
+
+
+def test_a_deadline_may_pass_while_the_code_runs(norms: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    threads = set(threading.enumerate())
+
+    def load_weights(weights: Weights) -> None:
+        for _ in weights:
+            pass
+        for thread in set(threading.enumerate()) - threads:
+            thread.join()  # the engine's, among others: it ends at the deadline
+
+    with pytest.raises(DeadlineError):
+        streamload.load_sliced(Norms(lambda *_: None), norms[0], load_weights, deadline_s=0.5)
+
+
+def test_what_cannot_be_read_is_an_error_though_the_code_goes_on(
+    tmp_path: Path, norms: tuple[Path, dict[str, torch.Tensor]]
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((norms[0] / "model.safetensors").read_bytes())
+    model = Norms(_squared)
+
+    def load_weights(weights: Weights) -> None:
+        with suppress(StreamloadError):
+            model.load_weights(weights)
+        os.truncate(path, 1000)
+
+    with pytest.raises(StreamloadError, match="now undefined"):
+        streamload.load_sliced(model, tmp_path, load_weights)
 
 
 def test_nothing_there_is_an_error_before_the_code_runs(tmp_path: Path) -> None:

@@ -8,6 +8,10 @@ are *not recordable*, and with them all names that go into the same modules. The
 
 Nothing that is written meanwhile depends on a stand-in's values. Constants are written (a loader clears what pads a
 vocabulary); other changes of a model's memory in place end the run, which is then made again without that name.
+
+A run without some names, or without values, is a guess at what the code does with all of them. So where there are names
+to be loaded whole, the code is run once more, on all names: a *replay* (`replay.py`), which has to do exactly what was
+recorded.
 """
 
 from __future__ import annotations
@@ -15,20 +19,22 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from streamload.checkpoint import TensorInfo
+from streamload.recording.leftovers import Leftovers
 from streamload.recording.recorder import Recorder
+from streamload.recording.replay import Replay
 from streamload.recording.state import ModelState
-from streamload.recording.watcher import Conflict, Guard
 from streamload.sinks.regions import RegionCopy
 
 if TYPE_CHECKING:
     from streamload.slicing import LoadWeights
 
-__all__ = ["Conflict", "Guard", "Recording", "record_copies", "record_nothing"]
+__all__ = ["Leftovers", "Recording", "Replay", "record_copies", "record_nothing"]
 
 # Each run leaves out the names of one more kind; a model with more kinds that cannot be recorded is loaded whole.
 _MOST_RUNS = 8
@@ -42,23 +48,21 @@ class Recording:
         copies: What each name's tensor is copied to; names that it makes no use of have none.
         whole: The names that it could not be recorded for, and why.
         loaded: What the loading code returned.
-        guard: To be entered while the names in `whole` are loaded: raises `Conflict` where that touches what was
-            recorded.
-        undo: Undoes what the run has changed about the model.
+        replay: What the names in `whole` are to be loaded by, if there are any; given what takes one of them. None
+            where nothing was recorded.
     """
 
     copies: Mapping[str, Sequence[RegionCopy]]
     whole: Mapping[str, str]
     loaded: Any
-    guard: Guard
-    undo: Callable[[], None]
+    replay: Callable[[Callable[[str], torch.Tensor]], Replay] | None
 
 
 def record_copies(tensors: Sequence[TensorInfo], load_weights: LoadWeights, model: torch.nn.Module) -> Recording:
     """Run a model's loading code on stand-ins.
 
-    What the code changes about the model's modules and parameters, other than their content, is left as it is after a
-    whole run, but undone for those that are not recordable. Of what lies deeper than their attributes, and the lists,
+    What the code changes about the model's modules and parameters, other than their content, is left as it is where
+    this was the only run, and undone before another one. Of what lies deeper than their attributes, and the lists,
     dicts and sets among these, nothing is undone.
 
     Args:
@@ -80,12 +84,16 @@ def record_copies(tensors: Sequence[TensorInfo], load_weights: LoadWeights, mode
             kept = run.kept()
             if not kept:
                 copies, whole = run.result()
-                before.restore(run.modules_left)
-                return Recording(copies, {**whole, **skipped}, run.loaded, Guard(run.memories), before.restore)
+                whole |= skipped
+                if whole:
+                    run.undo()
+                else:
+                    run.settle()
+                return Recording(copies, whole, run.loaded, partial(Replay, before, run, whole))
             problem = "the model keeps the tensor"
         else:
             kept = {run.blamed} if run.blamed is not None else set()
-        before.restore()
+        run.undo()
         if not kept or run.hopeless:
             break
         # Layers and experts repeat what the first one of them shows.
@@ -101,7 +109,7 @@ def record_nothing(tensors: Sequence[TensorInfo], problem: str) -> Recording:
         tensors: All of the checkpoint's.
         problem: Why.
     """
-    return Recording({}, {tensor.name: problem for tensor in tensors}, None, Guard({}), lambda: None)
+    return Recording({}, {tensor.name: problem for tensor in tensors}, None, None)
 
 
 def _kind(name: str) -> str:

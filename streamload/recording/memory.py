@@ -71,6 +71,13 @@ class Memory:
     def writes(self) -> Iterator[Write]:
         return (write for _, _, write in self._writes)
 
+    def described(self) -> list[object]:
+        """What is copied into it, to be compared with what another run copies into it."""
+        return [
+            (write.name, write.start, write.axes, write.copy and (write.copy[:4], write.copy.target.dtype))
+            for write in self.writes
+        ]
+
     def overlapping(self, write: Write) -> list[tuple[int, int, Write]]:
         first = bisect_left(self._writes, (write.start - self._longest,))
         entries = self._writes[first : bisect_left(self._writes, (write.end,))]

@@ -13,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from streamload.checkpoint import TensorInfo
 from streamload.plan.copies import Axis, Layout, compose, nested
+from streamload.recording.content import Content
 from streamload.recording.memory import Memory, Write
 from streamload.recording.state import ModelState
-from streamload.recording.watcher import SHAPES, Watcher, storage_key, tensors_in
+from streamload.recording.watcher import CONSTANTS, SHAPES, Watcher, storage_key, tensors_in
 from streamload.sinks.dtypes import torch_dtypes, torch_shape
 from streamload.sinks.regions import RegionCopy
 
@@ -28,7 +29,6 @@ _aten = torch.ops.aten
 
 _COPIES = {_aten.clone.default, _aten._to_copy.default}
 _NOWHERE = Layout(0, (), ())
-_CONSTANTS = {_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default}
 
 
 class _NotRecordable(Exception):
@@ -72,7 +72,7 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         blamed: The name that was at hand when the run could not go on.
         hopeless: Whether another run without that name would not do.
         loaded: What the code returned.
-        modules_left: The modules that are not recordable; known with the result.
+        constants: The constants that were written into the model's memory, and where.
     """
 
     def __init__(self, state: ModelState) -> None:
@@ -80,8 +80,11 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         self.blamed: str | None = None
         self.hopeless = False
         self.loaded: Any = None
-        self.modules_left: set[torch.nn.Module] = set()
+        self.constants: list[tuple[torch.Tensor, object]] = []
         self._state = state
+        self._modules_left: set[torch.nn.Module] = set()
+        self._filled: set[int] = set()
+        self._before = Content(state.memories())
         self._stand_ins: dict[int, _StandIn] = {}
         self._problem: str | None = None
         # The name that was given last, and whatever name was at hand last.
@@ -104,14 +107,18 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         return self._problem  # which the code may have caught
 
     def _give(self, tensors: Sequence[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
-        dtypes = torch_dtypes()
         for tensor in tensors:
             self._current = self._given = tensor.name
-            stand_in = torch.empty(torch_shape(tensor), dtype=dtypes[tensor.dtype], device="meta")
-            self._register(stand_in, frozenset((tensor.name,)))
-            yield tensor.name, stand_in
+            given = self._given_for(tensor)
+            yield tensor.name, given
             # Whoever has it from here on keeps it.
-            del stand_in
+            del given
+
+    def _given_for(self, tensor: TensorInfo) -> torch.Tensor:
+        """What the code is given for a tensor."""
+        stand_in = torch.empty(torch_shape(tensor), dtype=torch_dtypes()[tensor.dtype], device="meta")
+        self._register(stand_in, frozenset((tensor.name,)))
+        return stand_in
 
     def kept(self) -> set[str]:
         """The names whose stand-ins somebody still has."""
@@ -125,12 +132,30 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
             self._leave(module, f"the parameters of a {type(module).__name__} were replaced")
         self._close()
         copies: dict[str, list[RegionCopy]] = defaultdict(list)
-        for memory in self.memories.values():
+        for key, memory in self.memories.items():
             for write in memory.writes:
                 if memory.problem is None:
                     assert write.copy is not None
                     copies[write.name].append(write.copy)
+                    self._filled.add(key)
         return dict(copies), self._whole
+
+    def fills(self, tensor: torch.Tensor) -> bool:
+        """Whether recorded copies fill something of a tensor; known with the result."""
+        return self.fills_memory(tensor) and self.memories[storage_key(tensor)].touched(tensor)
+
+    def fills_memory(self, tensor: torch.Tensor) -> bool:
+        """Whether they fill something of the memory that it lies in."""
+        return storage_key(tensor) in self._filled
+
+    def undo(self) -> None:
+        """Undo what was changed about the model, and what was written into memory that recorded copies do not fill."""
+        self._before.restore(unless=self.fills_memory)
+        self._state.restore()
+
+    def settle(self) -> None:
+        """Let go of what could be undone."""
+        self._before.clear()
 
     def _close(self) -> None:
         """What shares a module with what is not recordable is not recordable either."""
@@ -156,11 +181,11 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
                         self._whole[name] = memory.problem
                         left.append(name)
                 for module in owners[id(memory)]:
-                    if module not in self.modules_left:
+                    if module not in self._modules_left:
                         failed += self._leave(module, memory.problem)
 
     def _leave(self, module: torch.nn.Module, problem: str) -> list[Memory]:
-        self.modules_left.add(module)
+        self._modules_left.add(module)
         found = []
         for key, memory in self.memories.items():
             if memory.problem is None and module in self._state.owners[key]:
@@ -178,7 +203,12 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
             (self._current,) = stand_ins[-1].names
         if func is _aten.copy_.default:
             return self._copy(*args[:2])
-        if self.is_view(func) or func in SHAPES:
+        if func in SHAPES:
+            return self._registered(func(*args, **kwargs))
+        if self.is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if self.is_view(func):
             return func(*args, **kwargs)
         if not stand_ins:
             return self._without(func, args, kwargs, tensors)
@@ -197,6 +227,7 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
             elif memory is not None and origin is not None:
                 raise self._stop("the model's memory is copied within itself")
             else:
+                self._before.keep(target)
                 target.copy_(source)
             return target
         source = source.expand(target.shape)  # an error where torch would not copy it
@@ -290,9 +321,26 @@ class Recorder(Watcher):  # type: ignore[no-untyped-call]
         if any((memory := self.memory(tensor)) is not None and memory.touched(tensor) for tensor in tensors):
             raise self._give_up(func)
         written = self.written(func, args, kwargs)
-        if any(self.memory(tensor) for tensor in written) and func not in _CONSTANTS:
-            raise self._stop(f"{func} changes the model's memory")
-        return func(*args, **kwargs)
+        if any(self.memory(tensor) for tensor in written):
+            if func not in CONSTANTS:
+                raise self._stop(f"{func} changes the model's memory")
+            self._note_constant(args)
+            self._before.keep(args[0])
+        return self._registered(func(*args, **kwargs))
+
+    def _registered(self, made: Any) -> Any:
+        """What an operation makes without memory has no values either, though none of a stand-in's."""
+        for tensor in tensors_in([made]):
+            if tensor.is_meta and storage_key(tensor) not in self._stand_ins:
+                self._register(tensor, frozenset(self._with_given(())), known=False)
+        return made
+
+    def _note_constant(self, args: Sequence[Any]) -> None:
+        target, value = args[0], args[1] if len(args) > 1 else 0
+        region = Write(target)
+        # By repr, a NaN is the same as another one.
+        value = repr(value.item() if isinstance(value, torch.Tensor) else value)
+        self.constants.append((target.detach(), (storage_key(target), region.start, region.axes, target.dtype, value)))
 
     def _taint(self, target: torch.Tensor, names: Iterable[str], problem: str) -> None:
         """What is written depends on values that are not known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,6 +54,13 @@ class ModelState:
         """The model's storages, in which nothing was written yet."""
         return {key: Memory(storage) for key, storage in self.storages.items()}
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """The parameters and buffers that the modules have now."""
+        for module in self._modules:
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    yield tensor
+
     def replaced(self) -> set[torch.nn.Module]:
         """The modules that have other parameters than before, or parameters with other memory."""
         found = set()
@@ -69,21 +76,21 @@ class ModelState:
                     found.add(module)
         return found
 
-    def restore(self, modules: Iterable[torch.nn.Module] | None = None) -> None:
-        """Undo what was changed about these modules and their parameters; None: about all of them."""
-        for module in self._modules if modules is None else modules:
-            attributes = self._modules[module]
+    def restore(self) -> None:
+        """Undo what was changed about the modules and their parameters."""
+        for module, attributes in self._modules.items():
             attributes.restore()
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
-                    alias, attributes = self._tensors[tensor]
-                    attributes.restore()
+                    alias, own = self._tensors[tensor]
+                    own.restore()
                     if self._moved(tensor):
                         tensor.data = alias
 
     def _moved(self, tensor: torch.Tensor) -> bool:
         alias, _ = self._tensors[tensor]
-        return tensor.is_meta or tensor.shape != alias.shape or tensor.data_ptr() != alias.data_ptr()
+        looks = [(each.is_meta, each.dtype, each.shape, each.stride()) for each in (tensor, alias)]
+        return looks[0] != looks[1] or tensor.data_ptr() != alias.data_ptr()
 
 
 class _Attributes:
@@ -94,7 +101,13 @@ class _Attributes:
     def __init__(self, thing: object) -> None:
         self._object = thing
         self._values = dict(vars(thing))
-        self._content = [(value, type(value)(value)) for value in self._values.values() if type(value) in _CONTAINERS]
+        self._content: list[tuple[Any, Any]] = [
+            # A plain one of each kind: there are those whose kind is made of other arguments.
+            (value, kind(value))
+            for value in self._values.values()
+            for kind in _CONTAINERS
+            if isinstance(value, kind)
+        ]
 
     def items(self, name: str) -> dict[str, Any]:
         """What was in a dict among them."""

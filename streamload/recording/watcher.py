@@ -1,4 +1,4 @@
-"""Modes of torch's dispatcher that see every operation and know which of its tensors are in the model's memory."""
+"""A mode of torch's dispatcher that sees every operation and knows which of its tensors are in the model's memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamload.recording.memory import Memory
 
-__all__ = ["SHAPES", "Conflict", "Guard", "Watcher", "storage_key", "tensors_in"]
+__all__ = ["CONSTANTS", "SHAPES", "Watcher", "storage_key", "tensors_in"]
 
 _aten = torch.ops.aten
 
@@ -21,9 +21,8 @@ SHAPES = {
     *(_aten.new_empty_strided.default, _aten.sym_size.default, _aten.sym_stride.default, _aten.sym_numel.default),
 }
 
-
-class Conflict(Exception):
-    """What is loaded whole touches what was recorded."""
+# They write what depends on no tensor of the checkpoint's.
+CONSTANTS = {_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default}
 
 
 class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -39,6 +38,7 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.memories = memories
         self._mutated: dict[Any, tuple[int | str, ...]] = {}
         self._views: set[Any] = set()
+        self._composites: set[Any] = set()
 
     def written(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors that an operation writes into."""
@@ -56,6 +56,15 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._look_at(func)
         return func in self._views
 
+    def is_composite(self, func: Any) -> bool:
+        """Whether it is made of other operations.
+
+        As a rule these are what the dispatcher shows, but not where autograd has no part: in inference mode.
+        """
+        if func not in self._mutated:
+            self._look_at(func)
+        return func in self._composites
+
     def _look_at(self, func: Any) -> None:
         places: list[int | str] = []
         for place, argument in enumerate(func._schema.arguments):
@@ -64,35 +73,11 @@ class Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._mutated[func] = tuple(places)
         if not places and any(result.alias_info is not None for result in func._schema.returns):
             self._views.add(func)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            self._composites.add(func)
 
     def memory(self, tensor: torch.Tensor) -> Memory | None:
         return self.memories.get(storage_key(tensor))
-
-
-class Guard(Watcher):  # type: ignore[no-untyped-call]
-    """A mode of torch's that sees to it that nothing touches what was recorded.
-
-    Attributes:
-        conflict: What did, if something did.
-        paused: Whether it looks away, while what was recorded is put in place.
-    """
-
-    def __init__(self, memories: dict[int, Memory]) -> None:
-        super().__init__({key: memory for key, memory in memories.items() if memory.problem is None})
-        self.conflict: str | None = None
-        self.paused = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self.paused and not self.is_view(func) and func not in SHAPES:
-            for tensor in tensors_in((*args, *kwargs.values())):
-                memory = self.memory(tensor)
-                if memory is not None and memory.touched(tensor):
-                    self.conflict = f"{func} is done with a parameter that others are read into"
-                    raise Conflict(self.conflict)
-        return func(*args, **kwargs)
 
 
 def storage_key(tensor: torch.Tensor) -> int:

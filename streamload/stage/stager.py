@@ -19,6 +19,7 @@ import logging
 import mmap
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -527,6 +528,9 @@ class Stager:
         """On a thread: open the unfinished files and the journal; nothing is whole from here on."""
         remove_ready(self.folder)
         self._journal = Journal(self.folder)
+        # Their unfinished files are about to go. Another version's may lie there when this one is staged again.
+        for gone in noted.landed.keys() - {file.identity for file in files}:
+            self._journal.forget(gone, 0, sys.maxsize)
         mine = {unfinished_name(file.object.key) for file in files}
         for name in os.listdir(self.folder):
             if is_unfinished(name) and name not in mine:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from streamload.errors import ObjectChangedError
 from streamload.loan import Loan
 from streamload.options import resolve
 from streamload.service import Sidecar, asking
@@ -24,8 +27,8 @@ from tests.stage.models import FIRST, PIECE, source_of
 
 
 @asynccontextmanager
-async def _running(uri: str, volume: Path, *, pause_s: float = 10.0) -> AsyncIterator[Sidecar]:
-    reading = resolve(SMALL)[0]
+async def _running(uri: str, volume: Path, *, pause_s: float = 10.0, **options: object) -> AsyncIterator[Sidecar]:
+    reading = resolve(SMALL | options)[0]
 
     def make() -> Stager:
         return Stager(uri, str(volume), StageOptions(), reading)
@@ -88,5 +91,33 @@ def test_a_wait_that_takes_long_is_asked_again(tmp_path: Path, monkeypatch: pyte
                 await reading
                 assert content == (tmp_path / "source" / FIRST).read_bytes()[PIECE : 2 * PIECE]
                 await source.conclude()
+
+    _run(main)
+
+
+async def _until(sidecar: Sidecar, state: str) -> None:
+    while sidecar.state != state:
+        await sidecar.changed(TIMEOUT_S)
+
+
+def _source(volume: Path) -> SidecarSource:
+    return SidecarSource(f"sidecar://{volume}/s.sock")
+
+
+def test_the_verdict_is_on_the_file_that_was_read(tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+
+    async def main() -> None:
+        source = str(source_of(tmp_path / "source"))
+        async with _running(source, volume) as sidecar, _source(volume) as reader:
+            await _until(sidecar, "staged")
+            (object,) = [object for object in await reader.list() if object.key == FIRST]
+            await reader.read(object, 0, PIECE, Loan([memoryview(bytearray(PIECE))]))
+            await reader.conclude()
+            # Another one, which looks the same.
+            shutil.copy2(volume / FIRST, volume / "other")
+            os.replace(volume / "other", volume / FIRST)
+            with pytest.raises(ObjectChangedError, match="another file"):
+                await reader.conclude()
 
     _run(main)

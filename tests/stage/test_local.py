@@ -26,8 +26,10 @@ from streamload.errors import (
 )
 from streamload.options import resolve
 from streamload.stage import StageOptions, Stager
+from streamload.stage.journal import read_journal
 from streamload.stage.locks import FileLock
 from streamload.stage.names import USE_NAME, unfinished_name
+from streamload.stage.ready import read_ready
 from streamload.stage.volume import check_space, in_memory
 from tests.stage.models import FIRST, INDEX, PIECE, SECOND, STAGED, names, same, shard_of, source_of, total_bytes
 
@@ -166,6 +168,27 @@ class TestNewVersions:
         assert same(source, folder)
         # What was whole before stays, and nothing of the old version is mixed with the new one.
         assert (source / SECOND).stat().st_size <= staged.fetched_bytes < staged.nbytes
+
+    def test_back_to_an_older_version(self, source: Path, folder: Path) -> None:
+        """Whoever has read of it before reads a file that is gone: what he knew it by must not count any more."""
+        at = (source / FIRST).stat().st_mtime_ns
+        for piece, then in ((2, at + 1), (5, at)):
+
+            def change(event: streamload.Event, piece: int = piece, then: int = then) -> None:
+                if event.kind == "read" and event.object == FIRST and event.start == piece * PIECE:
+                    os.utime(source / FIRST, ns=(then, then))
+
+            with pytest.raises(ObjectChangedError):
+                _stage(source, folder, on_event=change, concurrency=1)
+            if then != at:
+                told = {stamp for stamps in read_journal(str(folder)).stamps.values() for stamp in stamps}
+        _stage(source, folder)
+        assert same(source, folder)
+        ready = read_ready(str(folder))
+        assert ready is not None
+        (stamps,) = [file.stamps for file in ready.files if file.key == FIRST]
+        assert stamps
+        assert not told & {*stamps}
 
     def test_content_that_is_not_what_the_manifest_says(self, source: Path, folder: Path) -> None:
         (source / "consolidated.safetensors").unlink()

@@ -140,7 +140,7 @@ class Stager:
         self._listed = asyncio.Event()
         self._failure: BaseException | None = None
         self._journal: Journal | None = None
-        self._lock: FileLock | None = None
+        self._locks: list[FileLock] = []  # all that there are, held or not
         self._use: FileLock | None = None
         self._workers: Workers | None = None
         self._wanted: list[tuple[str, int, int]] = []  # before there were pieces
@@ -169,10 +169,24 @@ class Stager:
             await self.source.aclose()
         finally:
             if await self._calls.aclose():
-                for lock in (self._lock, self._use):
-                    if lock is not None:
-                        lock.release()
-            # Else something may still write: the locks stay until the process ends.
+                self._let_go()
+            else:
+                # Something may still write: the next one who stages here waits until that has returned.
+                self._calls.ended.add_done_callback(lambda _: self._let_go())
+
+    def _let_go(self) -> None:
+        """No thread of ours writes any more. On the loop, or on the last of those threads."""
+        self._close_files()
+        for lock in self._locks:
+            lock.release()
+
+    def _close_files(self) -> None:
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
+        for file in self._files.values():
+            if file.staged is not None:
+                file.staged.close()
 
     # What has landed, for who reads meanwhile.
 
@@ -298,12 +312,8 @@ class Stager:
                 raise first.locate(uri=self.uri) from first.__cause__
             raise
         finally:
-            if self._journal is not None and not self._calls.hanging:
-                self._journal.close()
-                self._journal = None
-            for file in self._files.values():
-                if file.staged is not None and not self._calls.hanging:
-                    file.staged.close()
+            if not self._calls.hanging:
+                self._close_files()
 
     async def _run(self) -> Staged:
         listing = await self._list()
@@ -316,7 +326,7 @@ class Stager:
         ready = await self._calls.run(lambda: read_ready(self.folder))
         if not await self._is_present(ready, listing):
             lock_began = self.recorder.now()
-            self._lock = await self._hold(LOCK_NAME)
+            lock = await self._hold(LOCK_NAME)
             if self.recorder.now() - lock_began > _SAY_AFTER_S:
                 # What the other one has staged may be newer than what was listed before.
                 again = await self._list()
@@ -328,9 +338,9 @@ class Stager:
                 await self._stage(listing, ready)
                 await self._link_to_version()
                 # Who serves the files keeps this open, and others find all there from now on.
-                self._lock.release()
+                lock.release()
                 return self._staged("staged")
-            self._lock.release()
+            lock.release()
         self._adopt(listing, {file.key: file for file in ready.files} if ready is not None else {})
         self._phase("check")
         await self._link_to_version()
@@ -409,7 +419,7 @@ class Stager:
 
     async def _hold(self, name: str, *, shared: bool = False) -> FileLock:
         """Take a lock in the folder; wait for who has it, and find it free where that one has died."""
-        lock = FileLock(os.path.join(self.folder, name))
+        lock = self._lock_on(os.path.join(self.folder, name))
 
         def take() -> bool:
             os.makedirs(self.folder, exist_ok=True)
@@ -419,6 +429,12 @@ class Stager:
             return False
 
         await self._take(take, self.folder)
+        return lock
+
+    def _lock_on(self, path: str) -> FileLock:
+        """A lock that is released in the end, also where a thread gets it for one who was cancelled meanwhile."""
+        lock = FileLock(path)
+        self._locks.append(lock)
         return lock
 
     async def _take(self, take: Callable[[], bool], where: str) -> None:
@@ -500,7 +516,7 @@ class Stager:
         needed = await self._calls.run(lambda: sum(self._needed(file) for file in files))
         if options.cache is not None and options.keep_bytes is not None:
             keep_bytes = options.keep_bytes
-            lock = FileLock(os.path.join(options.cache, cache.CACHE_LOCK_NAME))
+            lock = self._lock_on(os.path.join(options.cache, cache.CACHE_LOCK_NAME))
             await self._take(lock.take, options.cache)
             try:
                 await self._calls.run(

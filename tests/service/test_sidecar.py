@@ -19,7 +19,10 @@ from streamload.service import Sidecar, asking
 from streamload.service.listening import Listeners
 from streamload.service.options import ServeOptions
 from streamload.sources.sidecar import SidecarSource
-from streamload.stage import StageOptions, Stager
+from streamload.stage import StageOptions, Stager, calls
+from streamload.stage.files import StagedFile
+from streamload.stage.locks import FileLock
+from streamload.stage.names import LOCK_NAME
 from tests.cli.programs import TIMEOUT_S
 from tests.service.origins import origin_of
 from tests.service.sidecars import SMALL
@@ -121,3 +124,56 @@ def test_the_verdict_is_on_the_file_that_was_read(tmp_path: Path) -> None:
                 await reader.conclude()
 
     _run(main)
+
+
+@pytest.mark.parametrize("where", ["fsync", "lock"])
+def test_a_call_that_hangs_keeps_its_locks_until_it_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """And no longer: the next attempt waits for them."""
+    monkeypatch.setattr(calls, "_GRACE_S", 0.0)
+    began, go_on = threading.Event(), threading.Event()
+    sync, take = StagedFile.sync, FileLock.take
+
+    def hang() -> None:
+        if not began.is_set():
+            began.set()
+            assert go_on.wait(TIMEOUT_S)
+
+    def hanging_sync(self: StagedFile) -> int:
+        if where == "fsync":
+            hang()
+        return sync(self)
+
+    def hanging_take(self: FileLock, *, shared: bool = False) -> bool:
+        taken = take(self, shared=shared)
+        if where == "lock" and os.path.basename(self.path) == LOCK_NAME:
+            hang()
+        return taken
+
+    monkeypatch.setattr(StagedFile, "sync", hanging_sync)
+    monkeypatch.setattr(FileLock, "take", hanging_take)
+
+    async def main() -> None:
+        source = str(source_of(tmp_path / "source"))
+        async with _running(source, tmp_path / "volume") as sidecar:
+            try:
+                while not began.is_set():
+                    await sidecar.changed(0.001)
+                await sidecar.cancel()
+                assert sidecar.state == "cancelled"
+                await sidecar.start()
+                assert not FileLock(str(tmp_path / "volume" / LOCK_NAME)).take()
+            finally:
+                go_on.set()
+            await _until(sidecar, "staged")
+        assert [path for path in map(_target, os.listdir("/proc/self/fd")) if path.startswith(str(tmp_path))] == []
+
+    _run(main)
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:  # the one that listed them
+        return ""

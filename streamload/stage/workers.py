@@ -221,7 +221,13 @@ class Workers:
         staged, check = file.staged, file.check
         assert staged is not None
         assert check is not None
-        mtime_ns = staged.sync()
+        try:
+            mtime_ns = staged.sync()
+        except OSError:
+            # The kernel tells of pages that it could not write only once. What it has in memory still would pass for
+            # what is on the disk.
+            self._journal.forget(file.identity, 0, staged.size_bytes)
+            raise
         ready = ReadyFile(
             staged.key,
             file.identity,

@@ -26,6 +26,7 @@ from streamload.errors import (
 )
 from streamload.options import resolve
 from streamload.stage import StageOptions, Stager
+from streamload.stage.files import StagedFile
 from streamload.stage.journal import read_journal
 from streamload.stage.locks import FileLock
 from streamload.stage.names import USE_NAME, unfinished_name
@@ -308,6 +309,23 @@ class TestRoom:
         staged = _stage(source, folder)
         assert same(source, folder)
         assert staged.fetched_bytes < staged.nbytes
+
+    def test_an_fsync_that_fails(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernel tells of pages that it could not write once, and drops them; they are in memory still."""
+        real, failed = StagedFile.sync, []
+
+        def fail(self: StagedFile) -> int:
+            if self.key == SECOND and not failed:
+                failed.append(self.key)
+                raise OSError(errno.EIO, "lost")
+            return real(self)
+
+        monkeypatch.setattr(StagedFile, "sync", fail)
+        with pytest.raises(SourceError, match="EIO"):
+            _stage(source, folder, concurrency=1)
+        staged = _stage(source, folder)
+        assert same(source, folder)
+        assert staged.fetched_bytes >= (source / SECOND).stat().st_size
 
 
 class TestBadInput:

@@ -19,10 +19,12 @@ from streamload.service import Sidecar, asking
 from streamload.service.listening import Listeners
 from streamload.service.options import ServeOptions
 from streamload.sources.sidecar import SidecarSource
-from streamload.stage import StageOptions, Stager, calls
+from streamload.stage import Staged, StageOptions, Stager, calls, stager
 from streamload.stage.files import StagedFile
 from streamload.stage.locks import FileLock
 from streamload.stage.names import LOCK_NAME
+from streamload.stage.ready import Ready, read_ready
+from streamload.stage.workers import Workers
 from tests.cli.programs import TIMEOUT_S
 from tests.service.origins import origin_of
 from tests.service.sidecars import SMALL
@@ -177,3 +179,86 @@ def _target(fd: str) -> str:
         return os.readlink(f"/proc/self/fd/{fd}")
     except OSError:  # the one that listed them
         return ""
+
+
+class TestEnded:
+    def test_sigterm_after_a_cancellation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A call to the volume has not returned yet when both have come."""
+        began, go_on = threading.Event(), threading.Event()
+
+        def slow(folder: str) -> Ready | None:
+            began.set()
+            assert go_on.wait(TIMEOUT_S)
+            return read_ready(folder)
+
+        monkeypatch.setattr(stager, "read_ready", slow)
+
+        async def main() -> None:
+            reading = resolve(SMALL)[0]
+            source, volume = str(source_of(tmp_path / "source")), str(tmp_path / "volume")
+            sidecar = Sidecar(
+                lambda: Stager(source, volume, StageOptions(), reading), volume, reading, drain_s=0.0, began_s=0.0
+            )
+            running = asyncio.create_task(sidecar.run())
+            try:
+                while not began.is_set():
+                    await sidecar.changed(0.001)
+                cancelling = asyncio.create_task(sidecar.cancel())
+                await asyncio.sleep(0)
+                assert sidecar.was_cancelled
+                running.cancel()
+                while sidecar.state != "stopping":
+                    await asyncio.sleep(0)
+            finally:
+                go_on.set()
+            await asyncio.wait({running})
+            assert running.cancelled()
+            await cancelling
+
+        _run(main)
+
+    def test_a_cancellation_that_meets_a_failure(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        landing = asyncio.Event()
+
+        async def land(*_: object) -> None:
+            landing.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise ObjectChangedError("it changed just then") from None
+
+        monkeypatch.setattr(Workers, "_land", land)
+
+        async def main() -> None:
+            source = str(source_of(tmp_path / "source"))
+            async with _running(source, tmp_path / "volume", pause_s=0.0) as sidecar:
+                await landing.wait()
+                await sidecar.cancel()
+                assert (sidecar.state, sidecar.error) == ("cancelled", None)
+
+        _run(main)
+
+    def test_a_cancellation_that_comes_too_late(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All is staged: nobody is told of it."""
+        run = Stager.run
+
+        async def run_on(self: Stager) -> Staged:
+            staged = await run(self)
+            try:
+                running.set()
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return staged
+            raise AssertionError
+
+        running = asyncio.Event()
+        monkeypatch.setattr(Stager, "run", run_on)
+
+        async def main() -> None:
+            source = str(source_of(tmp_path / "source"))
+            async with _running(source, tmp_path / "volume") as sidecar:
+                await running.wait()
+                await sidecar.cancel()
+                assert (sidecar.state, sidecar.was_cancelled) == ("staged", False)
+
+        _run(main)

@@ -25,13 +25,13 @@ from streamload.errors import (
     SourceError,
 )
 from streamload.options import resolve
-from streamload.stage import StageOptions, Stager
+from streamload.stage import StageOptions, Stager, files, stager
 from streamload.stage.files import StagedFile
 from streamload.stage.journal import read_journal
 from streamload.stage.locks import FileLock
 from streamload.stage.names import USE_NAME, unfinished_name
 from streamload.stage.ready import read_ready
-from streamload.stage.volume import check_space, in_memory
+from streamload.stage.volume import check_space, in_memory, sync_folder
 from tests.stage.models import FIRST, INDEX, PIECE, SECOND, STAGED, names, same, shard_of, source_of, total_bytes
 
 _SMALL = {"read_bytes": PIECE, "memory_bytes": 1 << 20}
@@ -500,3 +500,28 @@ class TestWhileItRuns:
                     await stager.whole(SECOND)
 
         asyncio.run(main())
+
+    def test_a_name_is_told_at_once(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However long it takes to make it durable: meanwhile nobody finds the file under its old one."""
+        key = "deep/er.safetensors"
+        (source / "deep").mkdir()
+        (source / SECOND).rename(source / key)
+        (source / INDEX).write_text(json.dumps({"weight_map": {"first": FIRST, "second": key}}))
+        reading = resolve(_SMALL)[0]
+        stagers: list[Stager] = []
+        told: list[tuple[str, bool, bool]] = []
+
+        def sync(path: str) -> None:
+            told.append((path, stagers[0].is_whole(key), (folder / "READY").exists()))
+            sync_folder(path)
+
+        monkeypatch.setattr(files, "sync_folder", sync)
+        monkeypatch.setattr(stager, "in_memory", lambda folder: False)
+
+        async def main() -> None:
+            async with Stager(str(source), str(folder), StageOptions(), reading) as staging:
+                stagers.append(staging)
+                await staging.run()
+
+        asyncio.run(main())
+        assert told == [(str(folder / "deep"), True, False)]

@@ -225,7 +225,7 @@ class Sidecar:
             StreamloadError: Nothing more will: why.
         """
         if self.state == "failed" and self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)  # or it would hold on to all requests that it was raised for
         if self.state == "cancelled":
             raise self.ended()
         return self._stager

@@ -198,7 +198,7 @@ class Stager:
         """
         await self._listed.wait()
         if self._failure is not None and not self._files:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         return {key: file.object for key, file in self._files.items()}
 
     def identity(self, key: str) -> str:
@@ -278,7 +278,8 @@ class Stager:
             StreamloadError: It never will be.
         """
         if self._failure is not None:
-            raise self._failure
+            # Each time it is raised it would hold on to the frames of one who asks more.
+            raise self._failure.with_traceback(None)
         return asyncio.get_running_loop().create_future()
 
     def stop(self) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streamload.errors import ObjectChangedError
+from streamload.errors import NotFoundError, ObjectChangedError
 from streamload.loan import Loan
 from streamload.options import resolve
 from streamload.service import Sidecar, asking
@@ -262,3 +262,23 @@ class TestEnded:
                 assert (sidecar.state, sidecar.was_cancelled) == ("staged", False)
 
         _run(main)
+
+
+def test_a_failure_that_is_asked_for_again_and_again(tmp_path: Path) -> None:
+    """Its traceback would hold on to every request."""
+
+    async def main() -> None:
+        async with _running(str(tmp_path / "source"), tmp_path / "volume") as sidecar:
+            await _until(sidecar, "failed")
+            failed = sidecar._stager
+            for _ in range(10):
+                with pytest.raises(NotFoundError) as caught:
+                    sidecar.stager()
+                with pytest.raises(NotFoundError) as told:
+                    await failed.objects()
+                with pytest.raises(NotFoundError) as promised:
+                    failed._promise()
+            for each in (caught, told, promised):
+                assert len(each.traceback) <= 3
+
+    _run(main)

@@ -108,20 +108,33 @@ class Listeners:
             _logger.info("state and metrics on port %d", port, extra={"fields": {"port": port}})
 
     def _bind(self) -> socket.socket:
-        """A socket that nobody can connect to yet, with its owner and mode."""
+        """A socket that listens, with its owner and mode, and has its name last.
+
+        Whoever found it earlier would be refused, and not come back.
+        """
         options = self._options
         group = -1 if options.socket_group is None else _group_of(options.socket_group)
         if os.path.lexists(self._path) and not _is_socket(self._path):
             raise OptionError(f"{self._path} is no socket, and in the way of one")
-        with suppress(FileNotFoundError):
-            os.unlink(self._path)
+        folder, name = os.path.split(self._path)
+        # Not longer than its name, which may be as long as a socket's can be. What is there was left by a process that
+        # was killed in between: we have the lock.
+        private = os.path.join(folder, os.fsdecode(b"~" + os.fsencode(name)[:-1]))
+        if os.path.lexists(private) and _is_socket(private):
+            os.unlink(private)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            listener.bind(self._path)
+            listener.bind(private)
+            try:
+                if group >= 0:
+                    os.chown(private, -1, group)
+                os.chmod(private, options.socket_mode)
+                listener.listen(_BACKLOG)
+                os.rename(private, self._path)
+            except BaseException:
+                os.unlink(private)
+                raise
             self._bound = True
-            if group >= 0:
-                os.chown(self._path, -1, group)
-            os.chmod(self._path, options.socket_mode)
         except BaseException:
             listener.close()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from streamload.service import Sidecar, asking
 from streamload.service.listening import Listeners
 from streamload.service.options import ServeOptions
 from streamload.sources.sidecar import SidecarSource
+from streamload.sources.sidecar_protocol import MAX_SOCKET_PATH_BYTES
 from streamload.stage import Staged, StageOptions, Stager, calls, stager
 from streamload.stage.files import StagedFile
 from streamload.stage.locks import FileLock
@@ -27,7 +29,7 @@ from streamload.stage.ready import Ready, read_ready
 from streamload.stage.workers import Workers
 from tests.cli.programs import TIMEOUT_S
 from tests.service.origins import origin_of
-from tests.service.sidecars import SMALL
+from tests.service.sidecars import SMALL, ask
 from tests.stage.models import FIRST, PIECE, source_of
 
 
@@ -174,6 +176,16 @@ def test_a_call_that_hangs_keeps_its_locks_until_it_returns(
     _run(main)
 
 
+def _idle(folder: Path) -> Sidecar:
+    """One that has begun nothing."""
+    reading = resolve(SMALL)[0]
+
+    def make() -> Stager:
+        return Stager(str(folder), str(folder / "volume"), StageOptions(), reading)
+
+    return Sidecar(make, str(folder), reading, drain_s=0.0, began_s=0.0)
+
+
 def _target(fd: str) -> str:
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
@@ -282,3 +294,41 @@ def test_a_failure_that_is_asked_for_again_and_again(tmp_path: Path) -> None:
                 assert len(each.traceback) <= 3
 
     _run(main)
+
+
+class TestListening:
+    @pytest.mark.parametrize("length", [1, 2, 20, None])
+    def test_a_socket_is_there_when_it_can_be_used(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int | None
+    ) -> None:
+        """Who comes earlier waits; who were refused would not."""
+        length = length or MAX_SOCKET_PATH_BYTES - len(str(tmp_path)) - 1
+        path = tmp_path / ("s" * length)
+        with socket.socket(socket.AF_UNIX) as left:  # by one that was killed
+            left.bind(str(path))
+        changed: list[str] = []
+        chmod, rename = os.chmod, os.rename
+
+        def chmod_unseen(of: str, mode: int) -> None:
+            assert os.fspath(of) != str(path)
+            changed.append("mode")
+            chmod(of, mode)
+
+        def rename_used(of: str, to: str) -> None:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(of)
+            changed.append("name")
+            rename(of, to)
+
+        monkeypatch.setattr(os, "chmod", chmod_unseen)
+        monkeypatch.setattr(os, "rename", rename_used)
+
+        async def main() -> None:
+            sidecar = _idle(tmp_path)
+            async with Listeners(sidecar, str(path), ServeOptions()):
+                assert changed == ["mode", "name"]
+                assert (await asyncio.to_thread(ask, path, "GET", "/v1/status")).status == 200
+            await sidecar.stager().aclose()
+
+        _run(main)
+        assert [name for name in os.listdir(tmp_path) if not name.endswith(".lock")] == []

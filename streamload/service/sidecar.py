@@ -169,9 +169,14 @@ class Sidecar:
         def how_far() -> str:
             return f"{recorder.arrived_bytes} of {recorder.total_bytes} bytes are there"
 
-        await stager.__aenter__()
-        async with watch(self._reading.progress, recorder), deadline(self._reading.deadline_s, how_far):
-            return await stager.run()
+        try:
+            await stager.__aenter__()
+            async with watch(self._reading.progress, recorder), deadline(self._reading.deadline_s, how_far):
+                return await stager.run()
+        except BaseException as error:
+            # Of a deadline, only we know that it was one.
+            stager.fail(self.ended() if self._cancelling else error)
+            raise
 
     def _begin_again(self) -> None:
         report = self._stager.recorder.report()

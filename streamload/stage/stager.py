@@ -293,10 +293,25 @@ class Stager:
         self._workers.stopped = True
         return True
 
+    def fail(self, error: BaseException) -> None:
+        """Nothing more will land: whoever waits is told why.
+
+        Args:
+            error: What is told; of one that is not ours, only that staging was ended.
+        """
+        self._failure = error if isinstance(error, StreamloadError) else SourceError("staging was ended", uri=self.uri)
+        self._listed.set()
+        for file in self._files.values():
+            for future in [*file.wholly, *(waiter[2] for waiter in file.waiters)]:
+                if not future.done():
+                    future.set_exception(self._failure)
+
     # Staging.
 
     async def run(self) -> Staged:
         """Stage everything; once.
+
+        Where it fails, whoever waits is told; where it is cancelled, who cancels it knows why, and says so by `fail`.
 
         Raises:
             StreamloadError: It could not be done; what has landed is kept for the next run.
@@ -308,7 +323,8 @@ class Stager:
             first: BaseException = error
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
-            self._fail(first)
+            if not isinstance(first, asyncio.CancelledError):
+                self.fail(first)
             if isinstance(first, StreamloadError):
                 raise first.locate(uri=self.uri) from first.__cause__
             raise
@@ -597,15 +613,6 @@ class Stager:
         if self._link is not None:
             link = self._link
             await self._calls.run(lambda: cache.link_to(link, os.path.abspath(self.folder)))
-
-    def _fail(self, error: BaseException) -> None:
-        """Nothing more will land: whoever waits is told why."""
-        self._failure = error if isinstance(error, StreamloadError) else SourceError("staging was ended", uri=self.uri)
-        self._listed.set()
-        for file in self._files.values():
-            for future in [*file.wholly, *(waiter[2] for waiter in file.waiters)]:
-                if not future.done():
-                    future.set_exception(self._failure)
 
     def _move_to(self, folder: str) -> None:
         """It is known where in the cache the version lies."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from streamload.errors import NotFoundError, ObjectChangedError
+from streamload.errors import DeadlineError, NotFoundError, ObjectChangedError
 from streamload.loan import Loan
 from streamload.options import resolve
 from streamload.service import Sidecar, asking
@@ -272,6 +272,18 @@ class TestEnded:
                 await running.wait()
                 await sidecar.cancel()
                 assert (sidecar.state, sidecar.was_cancelled) == ("staged", False)
+
+        _run(main)
+
+    def test_who_waits_is_told_of_the_deadline(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            with origin_of(tmp_path / "source") as origin:
+                origin.hold(lambda name, start: True)
+                async with _running(origin.uri, tmp_path / "volume", deadline_s=0.05) as sidecar:
+                    # Before the attempt has begun, so that it waits when the time is up.
+                    waiting = asyncio.create_task(sidecar.stager().objects())
+                    with pytest.raises(DeadlineError, match="deadline_s"):
+                        await waiting
 
         _run(main)
 

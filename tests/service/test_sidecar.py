@@ -16,7 +16,7 @@ import pytest
 from streamload.errors import DeadlineError, NotFoundError, ObjectChangedError
 from streamload.loan import Loan
 from streamload.options import resolve
-from streamload.service import Sidecar, asking
+from streamload.service import Sidecar, asking, bodies, listening
 from streamload.service.listening import Listeners
 from streamload.service.options import ServeOptions
 from streamload.sources.sidecar import SidecarSource
@@ -29,7 +29,7 @@ from streamload.stage.ready import Ready, read_ready
 from streamload.stage.workers import Workers
 from tests.cli.programs import TIMEOUT_S
 from tests.service.origins import origin_of
-from tests.service.sidecars import SMALL, ask
+from tests.service.sidecars import SMALL, ask, ask_port
 from tests.stage.models import FIRST, PIECE, source_of
 
 
@@ -186,6 +186,22 @@ def _idle(folder: Path) -> Sidecar:
     return Sidecar(make, str(folder), reading, drain_s=0.0, began_s=0.0)
 
 
+@asynccontextmanager
+async def _listening(folder: Path) -> AsyncIterator[int]:
+    """One that has begun nothing can be asked; the port."""
+    sidecar = _idle(folder)
+    listeners = Listeners(sidecar, str(folder / "s.sock"), ServeOptions(port=0, host="127.0.0.1"))
+    async with listeners:
+        assert listeners.port is not None
+        yield listeners.port
+    await sidecar.stager().aclose()
+
+
+async def _first_line(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+    return await reader.readline()
+
+
 def _target(fd: str) -> str:
     try:
         return os.readlink(f"/proc/self/fd/{fd}")
@@ -219,8 +235,7 @@ class TestEnded:
                 await asyncio.sleep(0)
                 assert sidecar.was_cancelled
                 running.cancel()
-                while sidecar.state != "stopping":
-                    await asyncio.sleep(0)
+                await _until(sidecar, "stopping")
             finally:
                 go_on.set()
             await asyncio.wait({running})
@@ -344,3 +359,40 @@ class TestListening:
 
         _run(main)
         assert [name for name in os.listdir(tmp_path) if not name.endswith(".lock")] == []
+
+    def test_connections_that_idle(self, tmp_path: Path) -> None:
+        async def main() -> None:
+            async with _listening(tmp_path) as port:
+                idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3 * listening._MOST_LOOKING)]
+                try:
+                    # The newest is served, and the oldest are gone.
+                    assert b" 200 " in await _first_line(*idle[-1])
+                    for reader, _ in idle[: listening._MOST_LOOKING // 2]:
+                        assert await reader.read() == b""
+                finally:
+                    for _, writer in idle:
+                        writer.close()
+                answer = await asyncio.to_thread(ask_port, port, "/healthz")
+                assert answer.status == 200
+
+        _run(main)
+
+    @pytest.mark.parametrize("where", ["port", "socket"])
+    def test_a_body_that_does_not_come(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+        monkeypatch.setattr(bodies, "_BODY_S", 0.01)
+
+        async def main() -> None:
+            async with _listening(tmp_path) as port:
+                if where == "port":
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                    asked = b"GET /healthz"
+                else:
+                    reader, writer = await asyncio.open_unix_connection(tmp_path / "s.sock")
+                    asked = b"POST /v1/range"
+                writer.write(asked + b" HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n")
+                try:
+                    assert b" 408 " in await reader.readline()
+                finally:
+                    writer.close()
+
+        _run(main)

@@ -156,7 +156,7 @@ class _Asking:
         stager = self._sidecar.stager()
         size_bytes = await self._find(stager, asked)
         end = size_bytes if asked.end is None else asked.end
-        if not 0 <= asked.start <= end <= size_bytes:
+        if not 0 <= asked.start < end <= size_bytes:
             raise _RangeError(
                 f"the file has {size_bytes} bytes", uri=stager.uri, object=asked.key, start=asked.start, end=end
             )

@@ -312,7 +312,8 @@ class TestRoom:
 
     def test_an_fsync_that_fails(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The kernel tells of pages that it could not write once, and drops them; they are in memory still."""
-        real, failed = StagedFile.sync, []
+        real = StagedFile.sync
+        failed: list[str] = []
 
         def fail(self: StagedFile) -> int:
             if self.key == SECOND and not failed:

@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from streamload.errors import NotFoundError, ObjectChangedError, OptionError, SourceError, StreamloadError
+from streamload.service.bodies import read_body
 from streamload.service.sidecar import Sidecar
 from streamload.sources.sidecar_protocol import (
     ASK_AGAIN_S,
@@ -155,7 +156,7 @@ class _Asking:
         stager = self._sidecar.stager()
         size_bytes = await self._find(stager, asked)
         end = size_bytes if asked.end is None else asked.end
-        if not 0 <= asked.start <= end <= size_bytes:
+        if not 0 <= asked.start < end <= size_bytes:
             raise _RangeError(
                 f"the file has {size_bytes} bytes", uri=stager.uri, object=asked.key, start=asked.start, end=end
             )
@@ -221,8 +222,7 @@ def asking_app(sidecar: Sidecar) -> web.Application:
     @web.middleware
     async def answer_errors(request: web.Request, handler: _Handler) -> web.StreamResponse:
         try:
-            # Whatever is asked for, what comes with it is bounded, and read to its end.
-            await request.read()
+            await read_body(request)
             return await handler(request)
         except web.HTTPException as error:
             return _failed(StreamloadError(f"{error.reason}: {request.method} {request.path}"), error.status)

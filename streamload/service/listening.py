@@ -27,6 +27,8 @@ __all__ = ["Listeners"]
 _logger = logging.getLogger("streamload.service")
 
 _BACKLOG = 1024
+# On the port, to which everybody may connect; the kubelet and Prometheus have one each.
+_MOST_LOOKING = 32
 # In the end every wait is answered at once; this is for who does not take the answer.
 _CLOSE_S = 1.0
 
@@ -42,6 +44,9 @@ class Listeners:
         path: The socket's absolute path.
         options: Who may ask.
 
+    Attributes:
+        port: Where the port is; None before it is open, or where there is none.
+
     Raises:
         OptionError: On entering: another process serves there; there is no such group.
         SourceError: On entering: the socket or the port cannot be opened.
@@ -54,7 +59,8 @@ class Listeners:
         self._lock = FileLock(os.path.join(folder, f".{name}.lock"))
         self._asking = self._runner(asking_app(sidecar))
         self._showing = self._runner(showing_app(sidecar))
-        self._server: asyncio.AbstractServer | None = None
+        self._servers: list[asyncio.Server] = []
+        self.port: int | None = None
         self._bound = False
 
     async def __aenter__(self) -> Self:
@@ -94,7 +100,7 @@ class Listeners:
             server = self._asking.server
             assert server is not None
             loop = asyncio.get_running_loop()
-            self._server = await loop.create_unix_server(server, sock=listener, backlog=_BACKLOG)
+            self._servers.append(await loop.create_unix_server(server, sock=listener, backlog=_BACKLOG))
         except BaseException:
             listener.close()
             raise
@@ -103,25 +109,47 @@ class Listeners:
         if options.port is not None:
             await self._showing.setup()
             # An empty list of addresses is all of them.
-            await web.TCPSite(self._showing, options.host or None, options.port).start()
-            port = self._showing.addresses[0][1]
-            _logger.info("state and metrics on port %d", port, extra={"fields": {"port": port}})
+            shown = await loop.create_server(self._look, options.host or None, options.port, backlog=_MOST_LOOKING)
+            self._servers.append(shown)
+            self.port = shown.sockets[0].getsockname()[1]
+            _logger.info("state and metrics on port %d", self.port, extra={"fields": {"port": self.port}})
+
+    def _look(self) -> asyncio.BaseProtocol:
+        """A connection to the port: one more, in place of the oldest where there are too many."""
+        server = self._showing.server
+        assert server is not None
+        for oldest in server.connections[: max(0, len(server.connections) - _MOST_LOOKING)]:
+            oldest.force_close()
+        return server()
 
     def _bind(self) -> socket.socket:
-        """A socket that nobody can connect to yet, with its owner and mode."""
+        """A socket that listens, with its owner and mode, and has its name last.
+
+        Whoever found it earlier would be refused, and not come back.
+        """
         options = self._options
         group = -1 if options.socket_group is None else _group_of(options.socket_group)
         if os.path.lexists(self._path) and not _is_socket(self._path):
             raise OptionError(f"{self._path} is no socket, and in the way of one")
-        with suppress(FileNotFoundError):
-            os.unlink(self._path)
+        folder, name = os.path.split(self._path)
+        # Not longer than its name, which may be as long as a socket's can be. What is there was left by a process that
+        # was killed in between: we have the lock.
+        private = os.path.join(folder, os.fsdecode(b"~" + os.fsencode(name)[:-1]))
+        if os.path.lexists(private) and _is_socket(private):
+            os.unlink(private)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            listener.bind(self._path)
+            listener.bind(private)
+            try:
+                if group >= 0:
+                    os.chown(private, -1, group)
+                os.chmod(private, options.socket_mode)
+                listener.listen(_BACKLOG)
+                os.rename(private, self._path)
+            except BaseException:
+                os.unlink(private)
+                raise
             self._bound = True
-            if group >= 0:
-                os.chown(self._path, -1, group)
-            os.chmod(self._path, options.socket_mode)
         except BaseException:
             listener.close()
             raise
@@ -132,8 +160,8 @@ class Listeners:
         if self._bound:
             with suppress(OSError):
                 os.unlink(self._path)
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         await self._asking.cleanup()
         await self._showing.cleanup()
         self._lock.release()

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from streamload.service.bodies import read_body
 from streamload.service.sidecar import Sidecar
 
 __all__ = ["HEALTH", "METRICS", "READY", "STARTUP", "showing_app"]
@@ -44,7 +45,7 @@ def showing_app(sidecar: Sidecar) -> web.Application:
 
     @web.middleware
     async def without_bodies(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        await request.read()
+        await read_body(request)
         return await handler(request)
 
     app = web.Application(middlewares=[without_bodies], client_max_size=1)

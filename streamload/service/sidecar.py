@@ -108,7 +108,11 @@ class Sidecar:
         while True:
             # Before it can fail: who asks for another attempt may be faster than we are here.
             self._asked.clear()
-            if await self._try():
+            staged = await self._try()
+            if self.state == "stopping":
+                # An attempt that was cancelled before, or failed, has taken the cancellation that was for us.
+                return
+            if staged:
                 break
             try:
                 async with asyncio.timeout(pause_s if self.state == "failed" else None):
@@ -135,11 +139,16 @@ class Sidecar:
         except StreamloadError as error:
             if self.state == "stopping":
                 return False
-            self.error = error
-            self._failures[type(error).__name__] += 1
-            _logger.error("staging failed, what has landed is kept: %s", error)
-            state = "failed"
+            if self._cancelling:
+                _logger.info("%s: staging was cancelled, and failed meanwhile: %s", self._stager.uri, error)
+                state = "cancelled"
+            else:
+                self.error = error
+                self._failures[type(error).__name__] += 1
+                _logger.error("staging failed, what has landed is kept: %s", error)
+                state = "failed"
         else:
+            self._cancelling = False  # it came too late
             self.ready_s = time.monotonic() - self._began_s
             fields = {"files": staged.files, "nbytes": staged.nbytes, "ready_s": round(self.ready_s, 3)}
             fields |= {"fetched_bytes": staged.fetched_bytes, "requests": staged.requests, "retries": staged.retries}
@@ -160,9 +169,14 @@ class Sidecar:
         def how_far() -> str:
             return f"{recorder.arrived_bytes} of {recorder.total_bytes} bytes are there"
 
-        await stager.__aenter__()
-        async with watch(self._reading.progress, recorder), deadline(self._reading.deadline_s, how_far):
-            return await stager.run()
+        try:
+            await stager.__aenter__()
+            async with watch(self._reading.progress, recorder), deadline(self._reading.deadline_s, how_far):
+                return await stager.run()
+        except BaseException as error:
+            # Of a deadline, only we know that it was one.
+            stager.fail(self.ended() if self._cancelling else error)
+            raise
 
     def _begin_again(self) -> None:
         report = self._stager.recorder.report()
@@ -216,7 +230,7 @@ class Sidecar:
             StreamloadError: Nothing more will: why.
         """
         if self.state == "failed" and self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)  # or it would hold on to all requests that it was raised for
         if self.state == "cancelled":
             raise self.ended()
         return self._stager

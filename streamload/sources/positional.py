@@ -92,6 +92,22 @@ class OpenFile:
             self._readers -= 1
             self._close_if_unused()
 
+    def status(self) -> os.stat_result | None:
+        """What the open file is; None where nobody has opened it.
+
+        Raises:
+            OSError: It cannot be told.
+        """
+        with self._lock:
+            if self._fd is None:
+                return None
+            self._readers += 1
+            fd = self._fd
+        try:
+            return os.fstat(fd)
+        finally:
+            self.give_back()
+
     def close(self) -> None:
         """Close the descriptor as soon as nobody reads from it."""
         with self._lock:

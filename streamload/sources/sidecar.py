@@ -246,4 +246,8 @@ class SidecarSource(LocalSource):
 
 
 def _look(path: str, known: _Object) -> None:
-    _check(os.stat(path), known.object.size_bytes, known.mtime_ns)
+    named = os.stat(path)
+    _check(named, known.object.size_bytes, known.mtime_ns)
+    was_read = None if known.file is None else known.file.status()
+    if was_read is not None and not os.path.samestat(named, was_read):
+        raise ObjectChangedError("the file on the volume is another file than the one that was read")

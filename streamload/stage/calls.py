@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 from streamload.errors import SourceError
@@ -40,6 +41,11 @@ class BlockingCalls:
         self.folder = folder
         self.hanging = False
         self._threads = DaemonExecutor(_THREADS, name="streamload-stage")
+
+    @property
+    def ended(self) -> Future[None]:
+        """Done, after `aclose`, when the last thread has left the kernel."""
+        return self._threads.ended
 
     async def run(self, call: Callable[[], T], key: str | None = None) -> T:
         """Make a call on a thread; returns or raises only when the thread has left it, unless it hangs.

@@ -115,6 +115,13 @@ class StagedFile:
             OSError: It cannot be done.
         """
         os.rename(self.unfinished, self.path)
+
+    def sync_name(self) -> None:
+        """Make its name durable, where it lies in a folder below the one that the marker is in.
+
+        Raises:
+            OSError: It cannot be done.
+        """
         if not self._memory and os.path.dirname(self.key):
             sync_folder(os.path.dirname(self.path))
 

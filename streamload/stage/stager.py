@@ -19,6 +19,7 @@ import logging
 import mmap
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -139,7 +140,7 @@ class Stager:
         self._listed = asyncio.Event()
         self._failure: BaseException | None = None
         self._journal: Journal | None = None
-        self._lock: FileLock | None = None
+        self._locks: list[FileLock] = []  # all that there are, held or not
         self._use: FileLock | None = None
         self._workers: Workers | None = None
         self._wanted: list[tuple[str, int, int]] = []  # before there were pieces
@@ -168,10 +169,24 @@ class Stager:
             await self.source.aclose()
         finally:
             if await self._calls.aclose():
-                for lock in (self._lock, self._use):
-                    if lock is not None:
-                        lock.release()
-            # Else something may still write: the locks stay until the process ends.
+                self._let_go()
+            else:
+                # Something may still write: the next one who stages here waits until that has returned.
+                self._calls.ended.add_done_callback(lambda _: self._let_go())
+
+    def _let_go(self) -> None:
+        """No thread of ours writes any more. On the loop, or on the last of those threads."""
+        self._close_files()
+        for lock in self._locks:
+            lock.release()
+
+    def _close_files(self) -> None:
+        journal, self._journal = self._journal, None
+        if journal is not None:
+            journal.close()
+        for file in self._files.values():
+            if file.staged is not None:
+                file.staged.close()
 
     # What has landed, for who reads meanwhile.
 
@@ -183,7 +198,7 @@ class Stager:
         """
         await self._listed.wait()
         if self._failure is not None and not self._files:
-            raise self._failure
+            raise self._failure.with_traceback(None)
         return {key: file.object for key, file in self._files.items()}
 
     def identity(self, key: str) -> str:
@@ -263,7 +278,8 @@ class Stager:
             StreamloadError: It never will be.
         """
         if self._failure is not None:
-            raise self._failure
+            # Each time it is raised it would hold on to the frames of one who asks more.
+            raise self._failure.with_traceback(None)
         return asyncio.get_running_loop().create_future()
 
     def stop(self) -> bool:
@@ -277,10 +293,25 @@ class Stager:
         self._workers.stopped = True
         return True
 
+    def fail(self, error: BaseException) -> None:
+        """Nothing more will land: whoever waits is told why.
+
+        Args:
+            error: What is told; of one that is not ours, only that staging was ended.
+        """
+        self._failure = error if isinstance(error, StreamloadError) else SourceError("staging was ended", uri=self.uri)
+        self._listed.set()
+        for file in self._files.values():
+            for future in [*file.wholly, *(waiter[2] for waiter in file.waiters)]:
+                if not future.done():
+                    future.set_exception(self._failure)
+
     # Staging.
 
     async def run(self) -> Staged:
         """Stage everything; once.
+
+        Where it fails, whoever waits is told; where it is cancelled, who cancels it knows why, and says so by `fail`.
 
         Raises:
             StreamloadError: It could not be done; what has landed is kept for the next run.
@@ -292,17 +323,14 @@ class Stager:
             first: BaseException = error
             while isinstance(first, BaseExceptionGroup):
                 first = first.exceptions[0]
-            self._fail(first)
+            if not isinstance(first, asyncio.CancelledError):
+                self.fail(first)
             if isinstance(first, StreamloadError):
                 raise first.locate(uri=self.uri) from first.__cause__
             raise
         finally:
-            if self._journal is not None and not self._calls.hanging:
-                self._journal.close()
-                self._journal = None
-            for file in self._files.values():
-                if file.staged is not None and not self._calls.hanging:
-                    file.staged.close()
+            if not self._calls.hanging:
+                self._close_files()
 
     async def _run(self) -> Staged:
         listing = await self._list()
@@ -315,7 +343,7 @@ class Stager:
         ready = await self._calls.run(lambda: read_ready(self.folder))
         if not await self._is_present(ready, listing):
             lock_began = self.recorder.now()
-            self._lock = await self._hold(LOCK_NAME)
+            lock = await self._hold(LOCK_NAME)
             if self.recorder.now() - lock_began > _SAY_AFTER_S:
                 # What the other one has staged may be newer than what was listed before.
                 again = await self._list()
@@ -327,9 +355,9 @@ class Stager:
                 await self._stage(listing, ready)
                 await self._link_to_version()
                 # Who serves the files keeps this open, and others find all there from now on.
-                self._lock.release()
+                lock.release()
                 return self._staged("staged")
-            self._lock.release()
+            lock.release()
         self._adopt(listing, {file.key: file for file in ready.files} if ready is not None else {})
         self._phase("check")
         await self._link_to_version()
@@ -408,7 +436,7 @@ class Stager:
 
     async def _hold(self, name: str, *, shared: bool = False) -> FileLock:
         """Take a lock in the folder; wait for who has it, and find it free where that one has died."""
-        lock = FileLock(os.path.join(self.folder, name))
+        lock = self._lock_on(os.path.join(self.folder, name))
 
         def take() -> bool:
             os.makedirs(self.folder, exist_ok=True)
@@ -418,6 +446,12 @@ class Stager:
             return False
 
         await self._take(take, self.folder)
+        return lock
+
+    def _lock_on(self, path: str) -> FileLock:
+        """A lock that is released in the end, also where a thread gets it for one who was cancelled meanwhile."""
+        lock = FileLock(path)
+        self._locks.append(lock)
         return lock
 
     async def _take(self, take: Callable[[], bool], where: str) -> None:
@@ -499,7 +533,7 @@ class Stager:
         needed = await self._calls.run(lambda: sum(self._needed(file) for file in files))
         if options.cache is not None and options.keep_bytes is not None:
             keep_bytes = options.keep_bytes
-            lock = FileLock(os.path.join(options.cache, cache.CACHE_LOCK_NAME))
+            lock = self._lock_on(os.path.join(options.cache, cache.CACHE_LOCK_NAME))
             await self._take(lock.take, options.cache)
             try:
                 await self._calls.run(
@@ -527,6 +561,9 @@ class Stager:
         """On a thread: open the unfinished files and the journal; nothing is whole from here on."""
         remove_ready(self.folder)
         self._journal = Journal(self.folder)
+        # Their unfinished files are about to go. Another version's may lie there when this one is staged again.
+        for gone in noted.landed.keys() - {file.identity for file in files}:
+            self._journal.forget(gone, 0, sys.maxsize)
         mine = {unfinished_name(file.object.key) for file in files}
         for name in os.listdir(self.folder):
             if is_unfinished(name) and name not in mine:
@@ -576,15 +613,6 @@ class Stager:
         if self._link is not None:
             link = self._link
             await self._calls.run(lambda: cache.link_to(link, os.path.abspath(self.folder)))
-
-    def _fail(self, error: BaseException) -> None:
-        """Nothing more will land: whoever waits is told why."""
-        self._failure = error if isinstance(error, StreamloadError) else SourceError("staging was ended", uri=self.uri)
-        self._listed.set()
-        for file in self._files.values():
-            for future in [*file.wholly, *(waiter[2] for waiter in file.waiters)]:
-                if not future.done():
-                    future.set_exception(self._failure)
 
     def _move_to(self, folder: str) -> None:
         """It is known where in the cache the version lies."""

@@ -216,12 +216,21 @@ class Workers:
         for future in [*file.wholly, *(waiter[2] for waiter in file.waiters)]:
             if not future.done():
                 future.set_result(None)
+        # Before the marker vouches for it, but after everybody knows the name: under its old one nobody finds it now.
+        assert file.staged is not None
+        await self._calls.run(file.staged.sync_name, file.object.key)
 
     def _publish(self, file: FileState, whole: str) -> ReadyFile:
         staged, check = file.staged, file.check
         assert staged is not None
         assert check is not None
-        mtime_ns = staged.sync()
+        try:
+            mtime_ns = staged.sync()
+        except OSError:
+            # The kernel tells of pages that it could not write only once. What it has in memory still would pass for
+            # what is on the disk.
+            self._journal.forget(file.identity, 0, staged.size_bytes)
+            raise
         ready = ReadyFile(
             staged.key,
             file.identity,
@@ -232,8 +241,8 @@ class Workers:
             tuple(file.stamps),
         )
         self._journal.whole(ready)
-        staged.publish()
         staged.close()
+        staged.publish()
         return ready
 
 

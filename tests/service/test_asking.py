@@ -120,6 +120,7 @@ def test_nonsense(origin: Origin, volume: Path) -> None:
             (409, "POST", "/v1/range", file | {"stamp": "another"}),
             (416, "POST", "/v1/range", file | {"start": -1, "end": 1}),
             (416, "POST", "/v1/range", file | {"start": 5, "end": 4}),
+            (416, "POST", "/v1/range", file | {"start": 5, "end": 5}),
             (416, "POST", "/v1/range", file | {"start": 0, "end": 10**30}),
             *((404, "POST", "/v1/range", file | {"key": key}) for key in escapes),
             *((404, "POST", "/v1/verdict", file | {"key": key}) for key in escapes),

@@ -25,10 +25,13 @@ from streamload.errors import (
     SourceError,
 )
 from streamload.options import resolve
-from streamload.stage import StageOptions, Stager
+from streamload.stage import StageOptions, Stager, files, stager
+from streamload.stage.files import StagedFile
+from streamload.stage.journal import read_journal
 from streamload.stage.locks import FileLock
 from streamload.stage.names import USE_NAME, unfinished_name
-from streamload.stage.volume import check_space, in_memory
+from streamload.stage.ready import read_ready
+from streamload.stage.volume import check_space, in_memory, sync_folder
 from tests.stage.models import FIRST, INDEX, PIECE, SECOND, STAGED, names, same, shard_of, source_of, total_bytes
 
 _SMALL = {"read_bytes": PIECE, "memory_bytes": 1 << 20}
@@ -167,6 +170,27 @@ class TestNewVersions:
         # What was whole before stays, and nothing of the old version is mixed with the new one.
         assert (source / SECOND).stat().st_size <= staged.fetched_bytes < staged.nbytes
 
+    def test_back_to_an_older_version(self, source: Path, folder: Path) -> None:
+        """Whoever has read of it before reads a file that is gone: what he knew it by must not count any more."""
+        at = (source / FIRST).stat().st_mtime_ns
+        for piece, then in ((2, at + 1), (5, at)):
+
+            def change(event: streamload.Event, piece: int = piece, then: int = then) -> None:
+                if event.kind == "read" and event.object == FIRST and event.start == piece * PIECE:
+                    os.utime(source / FIRST, ns=(then, then))
+
+            with pytest.raises(ObjectChangedError):
+                _stage(source, folder, on_event=change, concurrency=1)
+            if then != at:
+                told = {stamp for stamps in read_journal(str(folder)).stamps.values() for stamp in stamps}
+        _stage(source, folder)
+        assert same(source, folder)
+        ready = read_ready(str(folder))
+        assert ready is not None
+        (stamps,) = [file.stamps for file in ready.files if file.key == FIRST]
+        assert stamps
+        assert not told & {*stamps}
+
     def test_content_that_is_not_what_the_manifest_says(self, source: Path, folder: Path) -> None:
         (source / "consolidated.safetensors").unlink()
         streamload.write_manifest(source)
@@ -285,6 +309,24 @@ class TestRoom:
         staged = _stage(source, folder)
         assert same(source, folder)
         assert staged.fetched_bytes < staged.nbytes
+
+    def test_an_fsync_that_fails(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernel tells of pages that it could not write once, and drops them; they are in memory still."""
+        real = StagedFile.sync
+        failed: list[str] = []
+
+        def fail(self: StagedFile) -> int:
+            if self.key == SECOND and not failed:
+                failed.append(self.key)
+                raise OSError(errno.EIO, "lost")
+            return real(self)
+
+        monkeypatch.setattr(StagedFile, "sync", fail)
+        with pytest.raises(SourceError, match="EIO"):
+            _stage(source, folder, concurrency=1)
+        staged = _stage(source, folder)
+        assert same(source, folder)
+        assert staged.fetched_bytes >= (source / SECOND).stat().st_size
 
 
 class TestBadInput:
@@ -459,3 +501,28 @@ class TestWhileItRuns:
                     await stager.whole(SECOND)
 
         asyncio.run(main())
+
+    def test_a_name_is_told_at_once(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However long it takes to make it durable: meanwhile nobody finds the file under its old one."""
+        key = "deep/er.safetensors"
+        (source / "deep").mkdir()
+        (source / SECOND).rename(source / key)
+        (source / INDEX).write_text(json.dumps({"weight_map": {"first": FIRST, "second": key}}))
+        reading = resolve(_SMALL)[0]
+        stagers: list[Stager] = []
+        told: list[tuple[str, bool, bool]] = []
+
+        def sync(path: str) -> None:
+            told.append((path, stagers[0].is_whole(key), (folder / "READY").exists()))
+            sync_folder(path)
+
+        monkeypatch.setattr(files, "sync_folder", sync)
+        monkeypatch.setattr(stager, "in_memory", lambda folder: False)
+
+        async def main() -> None:
+            async with Stager(str(source), str(folder), StageOptions(), reading) as staging:
+                stagers.append(staging)
+                await staging.run()
+
+        asyncio.run(main())
+        assert told == [(str(folder / "deep"), True, False)]

@@ -254,7 +254,9 @@ class AskedLoad(Load):
                 budget=Budget(options.memory_bytes),
                 handoff=handoff,
                 recorder=recorder,
-                verifier=Verifier(plan, {}, {}, recorder, off=off, required=required),
+                verifier=Verifier(
+                    plan, {}, planned.headers, recorder, manifests=planned.manifests, off=off, required=required
+                ),
                 post=self.engine.post,
                 tuner=tuner,
                 strict=options.strict_memory,

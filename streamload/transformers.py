@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 __all__ = ["from_pretrained"]
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+# What is read from beside the weights, unless the caller gives that very thing.
+_FILES = {"config": _CONFIG, "generation_config": _GENERATION_CONFIG}
 
 # What transformers decides by itself, by its own plan, and what that leaves these options at.
 _NO_RANKS: Options = {
@@ -133,7 +135,8 @@ def from_pretrained(
         for name in _NOT_THEIRS.keys() & arguments.keys():
             raise OptionError(f"model_kwargs has {name!r}: that is said by {_NOT_THEIRS[name]}")
         resolved = _resolve(options, distributed=distributed is not None)
-        load = AskedLoad(os.fspath(uri), resolved, files=() if "config" in arguments else (_CONFIG, _GENERATION_CONFIG))
+        files = [file for name, file in _FILES.items() if arguments.get(name) is None]
+        load = AskedLoad(os.fspath(uri), resolved, files=files)
         if others is not None:
             others.when_failed(load.interrupt)
         load.start()
@@ -210,13 +213,16 @@ def _load(
 
     if cast("Any", deepspeed).is_deepspeed_zero3_enabled():
         raise OptionError("under DeepSpeed's ZeRO-3 transformers distributes weights itself: use its from_pretrained")
+    texts = load.texts.result()
     with tempfile.TemporaryDirectory(prefix="streamload-") as folder:
-        later = functools.partial(_generation_config, Path(folder)) if "config" not in arguments else None
-        if later is not None:
+        for key, text in texts.items():
+            if text is not None:
+                (Path(folder) / key).write_bytes(text)
+        if _CONFIG in texts:
             config, arguments = _config(load, model_class, Path(folder), arguments)
             arguments |= {"config": config}
-            if (Path(folder) / _GENERATION_CONFIG).exists():
-                arguments.setdefault("generation_config", later(_GENERATION_CONFIG))
+        if texts.get(_GENERATION_CONFIG) is not None:
+            arguments["generation_config"] = _generation_config(folder, _GENERATION_CONFIG)
         model_class, arguments["config"] = _concrete(model_class, arguments["config"])
         _refuse_quantization(arguments["config"])
         catalog = load.found.result()
@@ -234,8 +240,8 @@ def _load(
             state_dict={name: _LazyTensor(tensor, asked) for name, tensor in asked.tensors.items()},
             output_loading_info=True,
         )
-        if later is not None and "generation_config" not in arguments and model.can_generate():
-            model.generation_config = later(_CONFIG, _from_model_config=True)
+        if _CONFIG in texts and arguments.get("generation_config") is None and model.can_generate():
+            model.generation_config = _generation_config(folder, _CONFIG, _from_model_config=True)
     load.finish()
     _check(info, allow_missing=allow_missing, strict_shapes=strict_shapes)
     model.config.name_or_path = model.name_or_path = load.uri
@@ -243,15 +249,11 @@ def _load(
 
 
 def _config(load: AskedLoad, model_class: Any, folder: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model's config, and the arguments that do not go into it; its files are then in the folder."""
+    """The model's config, by its file in the folder, and the arguments that do not go into it."""
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers import __version__ as version
 
-    texts = load.texts.result()
-    for key, text in texts.items():
-        if text is not None:
-            (folder / key).write_bytes(text)
-    text = texts[_CONFIG]
+    text = load.texts.result()[_CONFIG]
     if text is None:
         load.found.result()  # where there is nothing at all, that is what counts
         raise CheckpointError(
@@ -304,7 +306,7 @@ def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
     return concrete, text_config
 
 
-def _generation_config(folder: Path, name: str, **more: Any) -> Any:
+def _generation_config(folder: str, name: str, **more: Any) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder, config_file_name=name, **more)

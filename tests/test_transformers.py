@@ -229,6 +229,20 @@ def test_without_files_of_configs(models: Callable[[str], Path], tmp_path: Path)
     assert no_thread_is_left()
 
 
+def test_each_config_comes_from_its_file_unless_it_is_given(models: Callable[[str], Path]) -> None:
+    folder = models("llama")
+    generation_config: Any = transformers.GenerationConfig
+    for given in (
+        {"config": transformers.AutoConfig.from_pretrained(folder)},
+        {"config": None},
+        {"generation_config": generation_config(top_k=7)},
+        {"generation_config": None},
+    ):
+        ours = from_pretrained(AUTO, folder, model_kwargs=given)
+        assert_same(ours, AUTO.from_pretrained(folder, **given))
+        assert (ours.generation_config.repetition_penalty == 1.25) == (given.get("generation_config") is None)
+
+
 def one_line(error: BaseException | str, *parts: str) -> None:
     assert "\n" not in str(error)
     for part in parts:

@@ -136,7 +136,7 @@ def from_pretrained(
             raise OptionError(f"model_kwargs has {name!r}: that is said by {_NOT_THEIRS[name]}")
         resolved = _resolve(options, distributed=distributed is not None)
         files = [file for name, file in _FILES.items() if arguments.get(name) is None]
-        load = AskedLoad(os.fspath(uri), resolved, files=files)
+        load = AskedLoad(os.fspath(uri), resolved, files=files, optional={_GENERATION_CONFIG})
         if others is not None:
             others.when_failed(load.interrupt)
         load.start()

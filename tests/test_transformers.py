@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from aiohttp import web
 from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
@@ -25,6 +26,7 @@ from streamload.events import Event
 from streamload.sources.local import LocalSource
 from streamload.testing import FaultSource
 from streamload.transformers import from_pretrained
+from tests.httpserver import FileServer, run_server
 from tests.ranks_of_transformers import run_two_ranks
 from tests.servers import S3Bucket
 
@@ -241,6 +243,32 @@ def test_each_config_comes_from_its_file_unless_it_is_given(models: Callable[[st
         ours = from_pretrained(AUTO, folder, model_kwargs=given)
         assert_same(ours, AUTO.from_pretrained(folder, **given))
         assert (ours.generation_config.repetition_penalty == 1.25) == (given.get("generation_config") is None)
+
+
+def test_where_the_generation_config_is_refused_it_counts_as_not_there(
+    models: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = {"/llama/generation_config.json": 403}
+
+    async def refuse(request: web.Request) -> web.StreamResponse | None:
+        return web.Response(status=refused[request.path]) if request.path in refused else None
+
+    with run_server(FileServer(instead=refuse)) as server:
+        for file in models("llama").iterdir():
+            server.put(f"/llama/{file.name}", file.read_bytes())
+        ours = from_pretrained(AUTO, f"{server.origin}/llama?sig=secret")
+        assert_same(ours, AUTO.from_pretrained(models("llama"), generation_config=ours.generation_config))
+        assert ours.generation_config.repetition_penalty != 1.25
+        (told,) = (record.getMessage() for record in caplog.records if record.name == "streamload.sources")
+        one_line(told, server.origin, "generation_config.json counts as not there: access is refused")
+        assert "secret" not in told
+        # Credentials that are not taken, and a file that is needed.
+        for name, status in (("generation_config.json", 401), ("config.json", 403)):
+            refused.clear()
+            refused[f"/llama/{name}"] = status
+            with pytest.raises(AccessError) as raised:
+                from_pretrained(AUTO, f"{server.origin}/llama")
+            one_line(raised.value, name, str(status))
 
 
 def one_line(error: BaseException | str, *parts: str) -> None:

@@ -23,6 +23,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -38,7 +39,7 @@ from streamload.errors import (
     StreamloadError,
 )
 from streamload.loader import resolve_options
-from streamload.options import LoadOptions, Options
+from streamload.options import LoadOptions, Options, variables
 from streamload.peers import join_peers
 from streamload.plan import Box, slice_boxes
 from streamload.report import Report
@@ -194,11 +195,17 @@ def _resolve(options: Options, *, distributed: bool) -> LoadOptions:
     for name in _NO_RANKS:
         if name in options:
             raise OptionError(f"{name} is not for a model of transformers: it decides that itself; say tp=")
-    if distributed and str(options.get("device")) == "cuda":
-        # The device that transformers will take, too.
-        options = {**options, "device": resolve_options({"device": "cuda", "rank": "auto"}).device}
     # Nor is what the environment says of these meant for this.
-    return resolve_options({**options, **_NO_RANKS})
+    resolved = resolve_options({**options, **_NO_RANKS})
+    if not distributed or resolved.device != "cuda":
+        return resolved
+    # The device that transformers will take, too.
+    number = variables(["LOCAL_RANK"]).get("LOCAL_RANK")
+    if number is None:
+        raise OptionError("tp on device 'cuda' takes its number from LOCAL_RANK, which is not set: torchrun sets it")
+    if not number.isdecimal():
+        raise OptionError(f"tp on device 'cuda': LOCAL_RANK={number!r} is not a number")
+    return replace(resolved, device=f"cuda:{int(number)}")
 
 
 def _load(

@@ -23,9 +23,10 @@ from transformers import core_model_loading
 import streamload
 from streamload.errors import AccessError, CheckpointError, MismatchError, NotFoundError, OptionError, StreamloadError
 from streamload.events import Event
+from streamload.options import Options
 from streamload.sources.local import LocalSource
 from streamload.testing import FaultSource
-from streamload.transformers import from_pretrained
+from streamload.transformers import _resolve, from_pretrained
 from tests.httpserver import FileServer, run_server
 from tests.ranks_of_transformers import run_two_ranks
 from tests.servers import S3Bucket
@@ -355,6 +356,26 @@ def test_an_interrupt_ends_everything(models: Callable[[str], Path], monkeypatch
 def test_options_without_meaning(models: Callable[[str], Path], options: dict[str, Any], problem: str) -> None:
     with pytest.raises(OptionError, match=problem):
         from_pretrained(AUTO, models("llama"), **options)
+
+
+@pytest.mark.parametrize("said_by", ["argument", "environment"])
+def test_each_rank_has_a_gpu_of_its_own(said_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: Options = {"device": "cuda"} if said_by == "argument" else {}
+    if said_by == "environment":
+        monkeypatch.setenv("STREAMLOAD_DEVICE", "cuda")
+    for variable, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(variable, value)
+    assert _resolve(options, distributed=True).device == "cuda:1"
+    assert _resolve({"device": "cuda:2"}, distributed=True).device == "cuda:2"
+    assert _resolve({"device": "cpu"}, distributed=True).device == "cpu"
+    assert _resolve(options, distributed=False).device == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    with pytest.raises(OptionError, match=r"tp on device 'cuda': LOCAL_RANK='one' is not a number"):
+        _resolve(options, distributed=True)
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable)
+    with pytest.raises(OptionError, match=r"tp on device 'cuda' .* LOCAL_RANK, which is not set: torchrun sets it"):
+        from_pretrained(AUTO, "nowhere", tp=2, **options)
 
 
 def test_what_transformers_refuses_by_itself_names_the_uri(models: Callable[[str], Path]) -> None:

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AskedLoad"]
 
+# Less than this is not worth being stingy with.
+_LEAST_BROUGHT_BYTES = 1 << 20
+
 _logger = logging.getLogger("streamload.sources")
 
 
@@ -256,7 +259,8 @@ class AskedLoad(Load):
         plan = plan_catalog(source, Catalog((replace(file, tensors=(part,)),)), planned.read_bytes)
         recorder.planned(recorder.files, recorder.total_tensors + 1, recorder.total_bytes + plan.tensor_bytes)
         error: BaseException = self._closed()
-        sink = self._sink_for(planned)
+        # Many of these may be under way at once, each of them small.
+        sink = self._sink_for(planned, max(_LEAST_BROUGHT_BYTES, 2 * part.nbytes))
         try:
             sink.check(plan.catalog)
             tuner = ConcurrencyTuner(planned.concurrency, most=planned.most_concurrency)

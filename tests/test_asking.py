@@ -22,6 +22,7 @@ from streamload.errors import AccessError, ChecksumError, ClosedError, MemoryLim
 from streamload.loader import resolve_options
 from streamload.pipeline.verify import BY_MANIFEST, BY_SHA256, OUT_OF_ORDER
 from streamload.plan import slice_boxes
+from streamload.sinks import MakeSink, OnCopy, Sink, sink_for
 from streamload.sources import SourceObject
 from streamload.sources.local import LocalSource
 from streamload.testing import FaultSource
@@ -151,6 +152,29 @@ def test_what_was_not_foreseen_is_compared_with_the_manifest(checkpoint: Path, t
         assert (raised.value.object, raised.value.start) == ("model.safetensors", found["large.01"].start)
         with pytest.raises(ChecksumError):
             load.finish()
+
+
+def test_what_was_not_foreseen_takes_memory_for_itself_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def recording_sink_for(device: str, on_copy: OnCopy) -> MakeSink:
+        make = sink_for(device, on_copy)
+
+        def make_sink(*, memory_bytes: int, **more: int) -> Sink[Any]:
+            limits.append(memory_bytes)
+            return make(memory_bytes=memory_bytes, **more)
+
+        return make_sink
+
+    monkeypatch.setattr("streamload.loader.sink_for", recording_sink_for)
+    with opened(checkpoint, memory_bytes=64 * MIB) as (load, found):
+        load.foresee([found["large.00"]])
+        check("large.00", load.take("large.00"))
+        check("small.01", load.bring(found["small.01"]))
+        report = load.finish()
+    assert limits == [64 * MIB, MIB]
+    # Nor does it hide what the rest took.
+    assert report.peak_staged_bytes >= found["large.00"].nbytes
 
 
 def test_an_error_reaches_whoever_asks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import math
 import os
 import tempfile
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["from_pretrained"]
+
+_logger = logging.getLogger("streamload.transformers")
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
 # What is read from beside the weights, unless the caller gives that very thing.
@@ -228,7 +231,7 @@ def _load(
         if _CONFIG in texts:
             config, arguments = _config(load, model_class, Path(folder), arguments)
             arguments |= {"config": config}
-        if texts.get(_GENERATION_CONFIG) is not None:
+        if _is_usable(texts.get(_GENERATION_CONFIG), load.uri):
             arguments["generation_config"] = _generation_config(folder, _GENERATION_CONFIG)
         model_class, arguments["config"] = _concrete(model_class, arguments["config"])
         _refuse_quantization(arguments["config"])
@@ -271,9 +274,11 @@ def _config(load: AskedLoad, model_class: Any, folder: Path, arguments: dict[str
         said = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"it is not valid JSON: {error}", object=_CONFIG) from error
+    if not isinstance(said, dict):
+        raise CheckpointError("it is no JSON object", object=_CONFIG)
     config_class = getattr(model_class, "config_class", None)
     if config_class is None:
-        kind = said.get("model_type") if isinstance(said, dict) else None
+        kind = said.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise CheckpointError(
                 f"transformers {version} has no model of type {brief(kind)}; code that lies beside weights is not run: "
@@ -311,6 +316,20 @@ def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
     if getattr(config, "quantization_config", None) is not None:
         text_config.quantization_config = config.quantization_config
     return concrete, text_config
+
+
+def _is_usable(text: bytes | None, uri: str) -> bool:
+    """Whether there is a generation config; one that is not JSON counts as none, as for transformers."""
+    if text is None:
+        return False
+    try:
+        said = json.loads(text.decode())
+    except ValueError as error:
+        _logger.warning("%s, %s counts as not there: it is not valid JSON: %s", uri, _GENERATION_CONFIG, error)
+        return False
+    if not isinstance(said, dict):
+        raise CheckpointError("it is no JSON object", object=_GENERATION_CONFIG)
+    return True
 
 
 def _generation_config(folder: str, name: str, **more: Any) -> Any:

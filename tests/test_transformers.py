@@ -225,10 +225,15 @@ def test_without_files_of_configs(models: Callable[[str], Path], tmp_path: Path)
     shutil.copy(models("llama") / "config.json", tmp_path)
     assert_same(from_pretrained(AUTO, tmp_path), AUTO.from_pretrained(tmp_path))
     assert_same(from_pretrained(type(ours), tmp_path), AUTO.from_pretrained(tmp_path))
-    for text, problem in (("{", "not valid JSON"), ('{"model_type": "nobody"}', "has no model of type 'nobody'")):
+    for text, model_class, problem in (
+        ("{", AUTO, "config.json: it is not valid JSON"),
+        ("[]", AUTO, "config.json: it is no JSON object"),
+        ('"llama"', type(ours), "config.json: it is no JSON object"),
+        ('{"model_type": "nobody"}', AUTO, "config.json: .*has no model of type 'nobody'"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=problem):
-            from_pretrained(AUTO, tmp_path)
+            from_pretrained(model_class, tmp_path)
     assert no_thread_is_left()
 
 
@@ -244,6 +249,21 @@ def test_each_config_comes_from_its_file_unless_it_is_given(models: Callable[[st
         ours = from_pretrained(AUTO, folder, model_kwargs=given)
         assert_same(ours, AUTO.from_pretrained(folder, **given))
         assert (ours.generation_config.repetition_penalty == 1.25) == (given.get("generation_config") is None)
+
+
+def test_a_generation_config_that_is_none(
+    models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(models("llama"), tmp_path, dirs_exist_ok=True)
+    for content in (b"{", b"\xff{}"):
+        (tmp_path / "generation_config.json").write_bytes(content)
+        caplog.clear()
+        assert_same(from_pretrained(AUTO, tmp_path), AUTO.from_pretrained(tmp_path))
+        (told,) = (record.getMessage() for record in caplog.records if record.name == "streamload.transformers")
+        one_line(told, str(tmp_path), "generation_config.json counts as not there: it is not valid JSON")
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: it is no JSON object"):
+        from_pretrained(AUTO, tmp_path)
 
 
 def test_where_the_generation_config_is_refused_it_counts_as_not_there(

@@ -13,15 +13,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streamload.checkpoint import Catalog, TensorInfo
-from streamload.errors import ClosedError, NotFoundError
+from streamload.errors import AccessError, ClosedError, CredentialsError, NotFoundError
 from streamload.loader import Load
 from streamload.options import LoadOptions
 from streamload.pipeline.budget import Budget
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 
 __all__ = ["AskedLoad"]
 
+# Less than this is not worth being stingy with.
+_LEAST_BROUGHT_BYTES = 1 << 20
+
+_logger = logging.getLogger("streamload.sources")
+
 
 class AskedLoad(Load):
     """Reads ahead in the order in which its consumer will ask, and hands out by name.
@@ -54,18 +60,23 @@ class AskedLoad(Load):
         uri: What is loaded.
         options: Resolved ones.
         files: Small files beside the weights that are wanted as well.
+        optional: Those of them that count as not there where the source refuses them, which many a store does where
+            there is none.
 
     Attributes:
         texts: Their content; of one that is not there, None.
         found: The tensors that can be asked for.
     """
 
-    def __init__(self, uri: str, options: LoadOptions, *, files: Sequence[str] = ()) -> None:
+    def __init__(
+        self, uri: str, options: LoadOptions, *, files: Sequence[str] = (), optional: Container[str] = ()
+    ) -> None:
         super().__init__(uri, options)
         self.texts: Future[dict[str, bytes | None]] = _promise()
         self.found: Future[Catalog] = _promise()
         self._failure: BaseException | None = None
         self._files = files
+        self._optional = optional
         self._foreseen: Future[Sequence[TensorInfo]] = _promise()
         # One thread at a time takes what has come; the others wait for it here.
         self._lock = threading.Lock()
@@ -197,6 +208,13 @@ class AskedLoad(Load):
                 return await read_small(fetcher, self.recorder, key)
             except NotFoundError:
                 return None
+            except CredentialsError:  # which concerns everything
+                raise
+            except AccessError as error:
+                if key not in self._optional:
+                    raise
+                _logger.warning("%s, %s counts as not there: %s", self.uri, key, error.cause)
+                return None
 
         async with asyncio.TaskGroup() as group:
             tasks = {key: group.create_task(read(key)) for key in self._files}
@@ -241,7 +259,8 @@ class AskedLoad(Load):
         plan = plan_catalog(source, Catalog((replace(file, tensors=(part,)),)), planned.read_bytes)
         recorder.planned(recorder.files, recorder.total_tensors + 1, recorder.total_bytes + plan.tensor_bytes)
         error: BaseException = self._closed()
-        sink = self._sink_for(planned)
+        # Many of these may be under way at once, each of them small.
+        sink = self._sink_for(planned, max(_LEAST_BROUGHT_BYTES, 2 * part.nbytes))
         try:
             sink.check(plan.catalog)
             tuner = ConcurrencyTuner(planned.concurrency, most=planned.most_concurrency)
@@ -254,7 +273,9 @@ class AskedLoad(Load):
                 budget=Budget(options.memory_bytes),
                 handoff=handoff,
                 recorder=recorder,
-                verifier=Verifier(plan, {}, {}, recorder, off=off, required=required),
+                verifier=Verifier(
+                    plan, {}, planned.headers, recorder, manifests=planned.manifests, off=off, required=required
+                ),
                 post=self.engine.post,
                 tuner=tuner,
                 strict=options.strict_memory,

@@ -274,10 +274,12 @@ class Load:
             await sink.aclose()
             recorder.quarantined_bytes = sink.quarantined_bytes
 
-    def _sink_for(self, planned: PlannedLoad) -> Sink[Any]:
-        assert self.options.memory_bytes is not None
+    def _sink_for(self, planned: PlannedLoad, enough_bytes: int | None = None) -> Sink[Any]:
+        """Make the sink; of the memory limit it gets no more than is enough."""
+        limit_bytes = self.options.memory_bytes
+        assert limit_bytes is not None
         return self._make_sink(
-            memory_bytes=self.options.memory_bytes,
+            memory_bytes=limit_bytes if enough_bytes is None else min(limit_bytes, enough_bytes),
             read_bytes=planned.read_bytes,
             # Page-locked memory takes long to get, so not for as many reads as there may be at the very most.
             concurrency=min(planned.most_concurrency, 2 * planned.concurrency),

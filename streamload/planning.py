@@ -8,7 +8,7 @@ from functools import partial
 from inspect import isawaitable
 from typing import TypeAlias
 
-from streamload.checkpoint import Catalog, TensorInfo, select
+from streamload.checkpoint import Catalog, ManifestFile, TensorInfo, select
 from streamload.checksums import Sha256
 from streamload.options import LoadOptions
 from streamload.pipeline.discover import ask_checksums, ask_sha256s, discover, read_config
@@ -43,6 +43,8 @@ class PlannedLoad:
         concurrency: How many are in flight to begin with.
         most_concurrency: How many there may be.
         verifier: Checks what arrives.
+        manifests: What manifests say of the shard files, and
+        headers: those files' headers, both by key, for what is planned later; empty where nothing is verified.
         every_rank: The plans of all ranks, where they were asked for.
     """
 
@@ -52,6 +54,8 @@ class PlannedLoad:
     read_bytes: int
     concurrency: int
     most_concurrency: int
+    manifests: Mapping[str, ManifestFile]
+    headers: Mapping[str, bytes]
     every_rank: tuple[Plan, ...] = ()
 
 
@@ -159,7 +163,17 @@ async def plan_load(
         off=not verify,
         required=options.verify == "require",
     )
-    return PlannedLoad(plan, found.objects, verifier, read_bytes, concurrency, most_concurrency, every)
+    return PlannedLoad(
+        plan,
+        found.objects,
+        verifier,
+        read_bytes,
+        concurrency,
+        most_concurrency,
+        manifests=found.manifests,
+        headers=found.headers,
+        every_rank=every,
+    )
 
 
 def plan_catalog(source: Source, catalog: Catalog, read_bytes: int, asked: Mapping[str, int] | None = None) -> Plan:

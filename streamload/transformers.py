@@ -18,11 +18,13 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import logging
 import math
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
@@ -38,7 +40,7 @@ from streamload.errors import (
     StreamloadError,
 )
 from streamload.loader import resolve_options
-from streamload.options import LoadOptions, Options
+from streamload.options import LoadOptions, Options, variables
 from streamload.peers import join_peers
 from streamload.plan import Box, slice_boxes
 from streamload.report import Report
@@ -50,7 +52,11 @@ if TYPE_CHECKING:
 
 __all__ = ["from_pretrained"]
 
+_logger = logging.getLogger("streamload.transformers")
+
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+# What is read from beside the weights, unless the caller gives that very thing.
+_FILES = {"config": _CONFIG, "generation_config": _GENERATION_CONFIG}
 
 # What transformers decides by itself, by its own plan, and what that leaves these options at.
 _NO_RANKS: Options = {
@@ -133,7 +139,8 @@ def from_pretrained(
         for name in _NOT_THEIRS.keys() & arguments.keys():
             raise OptionError(f"model_kwargs has {name!r}: that is said by {_NOT_THEIRS[name]}")
         resolved = _resolve(options, distributed=distributed is not None)
-        load = AskedLoad(os.fspath(uri), resolved, files=() if "config" in arguments else (_CONFIG, _GENERATION_CONFIG))
+        files = [file for name, file in _FILES.items() if arguments.get(name) is None]
+        load = AskedLoad(os.fspath(uri), resolved, files=files, optional={_GENERATION_CONFIG})
         if others is not None:
             others.when_failed(load.interrupt)
         load.start()
@@ -191,11 +198,17 @@ def _resolve(options: Options, *, distributed: bool) -> LoadOptions:
     for name in _NO_RANKS:
         if name in options:
             raise OptionError(f"{name} is not for a model of transformers: it decides that itself; say tp=")
-    if distributed and str(options.get("device")) == "cuda":
-        # The device that transformers will take, too.
-        options = {**options, "device": resolve_options({"device": "cuda", "rank": "auto"}).device}
     # Nor is what the environment says of these meant for this.
-    return resolve_options({**options, **_NO_RANKS})
+    resolved = resolve_options({**options, **_NO_RANKS})
+    if not distributed or resolved.device != "cuda":
+        return resolved
+    # The device that transformers will take, too.
+    number = variables(["LOCAL_RANK"]).get("LOCAL_RANK")
+    if number is None:
+        raise OptionError("tp on device 'cuda' takes its number from LOCAL_RANK, which is not set: torchrun sets it")
+    if not number.isdecimal():
+        raise OptionError(f"tp on device 'cuda': LOCAL_RANK={number!r} is not a number")
+    return replace(resolved, device=f"cuda:{int(number)}")
 
 
 def _load(
@@ -210,13 +223,16 @@ def _load(
 
     if cast("Any", deepspeed).is_deepspeed_zero3_enabled():
         raise OptionError("under DeepSpeed's ZeRO-3 transformers distributes weights itself: use its from_pretrained")
+    texts = load.texts.result()
     with tempfile.TemporaryDirectory(prefix="streamload-") as folder:
-        later = functools.partial(_generation_config, Path(folder)) if "config" not in arguments else None
-        if later is not None:
+        for key, text in texts.items():
+            if text is not None:
+                (Path(folder) / key).write_bytes(text)
+        if _CONFIG in texts:
             config, arguments = _config(load, model_class, Path(folder), arguments)
             arguments |= {"config": config}
-            if (Path(folder) / _GENERATION_CONFIG).exists():
-                arguments.setdefault("generation_config", later(_GENERATION_CONFIG))
+        if _is_usable(texts.get(_GENERATION_CONFIG), load.uri):
+            arguments["generation_config"] = _generation_config(folder, _GENERATION_CONFIG)
         model_class, arguments["config"] = _concrete(model_class, arguments["config"])
         _refuse_quantization(arguments["config"])
         catalog = load.found.result()
@@ -234,8 +250,8 @@ def _load(
             state_dict={name: _LazyTensor(tensor, asked) for name, tensor in asked.tensors.items()},
             output_loading_info=True,
         )
-        if later is not None and "generation_config" not in arguments and model.can_generate():
-            model.generation_config = later(_CONFIG, _from_model_config=True)
+        if _CONFIG in texts and arguments.get("generation_config") is None and model.can_generate():
+            model.generation_config = _generation_config(folder, _CONFIG, _from_model_config=True)
     load.finish()
     _check(info, allow_missing=allow_missing, strict_shapes=strict_shapes)
     model.config.name_or_path = model.name_or_path = load.uri
@@ -243,15 +259,11 @@ def _load(
 
 
 def _config(load: AskedLoad, model_class: Any, folder: Path, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model's config, and the arguments that do not go into it; its files are then in the folder."""
+    """The model's config, by its file in the folder, and the arguments that do not go into it."""
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers import __version__ as version
 
-    texts = load.texts.result()
-    for key, text in texts.items():
-        if text is not None:
-            (folder / key).write_bytes(text)
-    text = texts[_CONFIG]
+    text = load.texts.result()[_CONFIG]
     if text is None:
         load.found.result()  # where there is nothing at all, that is what counts
         raise CheckpointError(
@@ -262,9 +274,11 @@ def _config(load: AskedLoad, model_class: Any, folder: Path, arguments: dict[str
         said = json.loads(text)
     except ValueError as error:
         raise CheckpointError(f"it is not valid JSON: {error}", object=_CONFIG) from error
+    if not isinstance(said, dict):
+        raise CheckpointError("it is no JSON object", object=_CONFIG)
     config_class = getattr(model_class, "config_class", None)
     if config_class is None:
-        kind = said.get("model_type") if isinstance(said, dict) else None
+        kind = said.get("model_type")
         if kind not in CONFIG_MAPPING:
             raise CheckpointError(
                 f"transformers {version} has no model of type {brief(kind)}; code that lies beside weights is not run: "
@@ -304,7 +318,21 @@ def _concrete(model_class: Any, config: Any) -> tuple[Any, Any]:
     return concrete, text_config
 
 
-def _generation_config(folder: Path, name: str, **more: Any) -> Any:
+def _is_usable(text: bytes | None, uri: str) -> bool:
+    """Whether there is a generation config; one that is not JSON counts as none, as for transformers."""
+    if text is None:
+        return False
+    try:
+        said = json.loads(text.decode())
+    except ValueError as error:
+        _logger.warning("%s, %s counts as not there: it is not valid JSON: %s", uri, _GENERATION_CONFIG, error)
+        return False
+    if not isinstance(said, dict):
+        raise CheckpointError("it is no JSON object", object=_GENERATION_CONFIG)
+    return True
+
+
+def _generation_config(folder: str, name: str, **more: Any) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(folder, config_file_name=name, **more)

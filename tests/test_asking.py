@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +15,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from streamload import write_manifest
 from streamload.asking import AskedLoad
 from streamload.checkpoint import TensorInfo
 from streamload.errors import AccessError, ChecksumError, ClosedError, MemoryLimitError
 from streamload.loader import resolve_options
-from streamload.pipeline.verify import BY_SHA256, OUT_OF_ORDER
+from streamload.pipeline.verify import BY_MANIFEST, BY_SHA256, OUT_OF_ORDER
 from streamload.plan import slice_boxes
+from streamload.sinks import MakeSink, OnCopy, Sink, sink_for
 from streamload.sources import SourceObject
 from streamload.sources.local import LocalSource
 from streamload.testing import FaultSource
@@ -123,6 +127,54 @@ def test_what_was_not_foreseen_comes_beside_the_rest(checkpoint: Path) -> None:
             load.take(order[0].name)
         report = load.finish()
     assert report.tensors == report.total_tensors == 2 * COUNT + 1
+
+
+def test_what_was_not_foreseen_is_compared_with_the_manifest(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    write_manifest(str(tmp_path))
+    with opened(tmp_path, verify="require") as (load, found):
+        load.foresee([found["large.00"]])
+        check("large.01", load.bring(found["large.01"]))
+        report = load.finish()
+    assert report.verified == {BY_MANIFEST: found["large.00"].nbytes + found["large.01"].nbytes}
+    file = tmp_path / "model.safetensors"
+    before = file.stat()
+    with file.open("r+b") as spoilt:
+        spoilt.seek(found["large.01"].start + 1000)
+        spoilt.write(b"\x55")
+    # Its size and date are what they were: nothing but its content tells.
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with opened(tmp_path) as (load, found):
+        load.foresee([found["large.00"]])
+        check("large.00", load.take("large.00"))
+        with pytest.raises(ChecksumError, match=r"tensor 'large\.01' sums up to") as raised:
+            load.bring(found["large.01"])
+        assert (raised.value.object, raised.value.start) == ("model.safetensors", found["large.01"].start)
+        with pytest.raises(ChecksumError):
+            load.finish()
+
+
+def test_what_was_not_foreseen_takes_memory_for_itself_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    def recording_sink_for(device: str, on_copy: OnCopy) -> MakeSink:
+        make = sink_for(device, on_copy)
+
+        def make_sink(*, memory_bytes: int, **more: int) -> Sink[Any]:
+            limits.append(memory_bytes)
+            return make(memory_bytes=memory_bytes, **more)
+
+        return make_sink
+
+    monkeypatch.setattr("streamload.loader.sink_for", recording_sink_for)
+    with opened(checkpoint, memory_bytes=64 * MIB) as (load, found):
+        load.foresee([found["large.00"]])
+        check("large.00", load.take("large.00"))
+        check("small.01", load.bring(found["small.01"]))
+        report = load.finish()
+    assert limits == [64 * MIB, MIB]
+    # Nor does it hide what the rest took.
+    assert report.peak_staged_bytes >= found["large.00"].nbytes
 
 
 def test_an_error_reaches_whoever_asks(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,15 +16,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from aiohttp import web
 from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
 import streamload
 from streamload.errors import AccessError, CheckpointError, MismatchError, NotFoundError, OptionError, StreamloadError
 from streamload.events import Event
+from streamload.options import Options
 from streamload.sources.local import LocalSource
 from streamload.testing import FaultSource
-from streamload.transformers import from_pretrained
+from streamload.transformers import _resolve, from_pretrained
+from tests.httpserver import FileServer, run_server
 from tests.ranks_of_transformers import run_two_ranks
 from tests.servers import S3Bucket
 
@@ -222,11 +225,71 @@ def test_without_files_of_configs(models: Callable[[str], Path], tmp_path: Path)
     shutil.copy(models("llama") / "config.json", tmp_path)
     assert_same(from_pretrained(AUTO, tmp_path), AUTO.from_pretrained(tmp_path))
     assert_same(from_pretrained(type(ours), tmp_path), AUTO.from_pretrained(tmp_path))
-    for text, problem in (("{", "not valid JSON"), ('{"model_type": "nobody"}', "has no model of type 'nobody'")):
+    for text, model_class, problem in (
+        ("{", AUTO, "config.json: it is not valid JSON"),
+        ("[]", AUTO, "config.json: it is no JSON object"),
+        ('"llama"', type(ours), "config.json: it is no JSON object"),
+        ('{"model_type": "nobody"}', AUTO, "config.json: .*has no model of type 'nobody'"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=problem):
-            from_pretrained(AUTO, tmp_path)
+            from_pretrained(model_class, tmp_path)
     assert no_thread_is_left()
+
+
+def test_each_config_comes_from_its_file_unless_it_is_given(models: Callable[[str], Path]) -> None:
+    folder = models("llama")
+    generation_config: Any = transformers.GenerationConfig
+    for given in (
+        {"config": transformers.AutoConfig.from_pretrained(folder)},
+        {"config": None},
+        {"generation_config": generation_config(top_k=7)},
+        {"generation_config": None},
+    ):
+        ours = from_pretrained(AUTO, folder, model_kwargs=given)
+        assert_same(ours, AUTO.from_pretrained(folder, **given))
+        assert (ours.generation_config.repetition_penalty == 1.25) == (given.get("generation_config") is None)
+
+
+def test_a_generation_config_that_is_none(
+    models: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(models("llama"), tmp_path, dirs_exist_ok=True)
+    for content in (b"{", b"\xff{}"):
+        (tmp_path / "generation_config.json").write_bytes(content)
+        caplog.clear()
+        assert_same(from_pretrained(AUTO, tmp_path), AUTO.from_pretrained(tmp_path))
+        (told,) = (record.getMessage() for record in caplog.records if record.name == "streamload.transformers")
+        one_line(told, str(tmp_path), "generation_config.json counts as not there: it is not valid JSON")
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: it is no JSON object"):
+        from_pretrained(AUTO, tmp_path)
+
+
+def test_where_the_generation_config_is_refused_it_counts_as_not_there(
+    models: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = {"/llama/generation_config.json": 403}
+
+    async def refuse(request: web.Request) -> web.StreamResponse | None:
+        return web.Response(status=refused[request.path]) if request.path in refused else None
+
+    with run_server(FileServer(instead=refuse)) as server:
+        for file in models("llama").iterdir():
+            server.put(f"/llama/{file.name}", file.read_bytes())
+        ours = from_pretrained(AUTO, f"{server.origin}/llama?sig=secret")
+        assert_same(ours, AUTO.from_pretrained(models("llama"), generation_config=ours.generation_config))
+        assert ours.generation_config.repetition_penalty != 1.25
+        (told,) = (record.getMessage() for record in caplog.records if record.name == "streamload.sources")
+        one_line(told, server.origin, "generation_config.json counts as not there: access is refused")
+        assert "secret" not in told
+        # Credentials that are not taken, and a file that is needed.
+        for name, status in (("generation_config.json", 401), ("config.json", 403)):
+            refused.clear()
+            refused[f"/llama/{name}"] = status
+            with pytest.raises(AccessError) as raised:
+                from_pretrained(AUTO, f"{server.origin}/llama")
+            one_line(raised.value, name, str(status))
 
 
 def one_line(error: BaseException | str, *parts: str) -> None:
@@ -313,6 +376,26 @@ def test_an_interrupt_ends_everything(models: Callable[[str], Path], monkeypatch
 def test_options_without_meaning(models: Callable[[str], Path], options: dict[str, Any], problem: str) -> None:
     with pytest.raises(OptionError, match=problem):
         from_pretrained(AUTO, models("llama"), **options)
+
+
+@pytest.mark.parametrize("said_by", ["argument", "environment"])
+def test_each_rank_has_a_gpu_of_its_own(said_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: Options = {"device": "cuda"} if said_by == "argument" else {}
+    if said_by == "environment":
+        monkeypatch.setenv("STREAMLOAD_DEVICE", "cuda")
+    for variable, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(variable, value)
+    assert _resolve(options, distributed=True).device == "cuda:1"
+    assert _resolve({"device": "cuda:2"}, distributed=True).device == "cuda:2"
+    assert _resolve({"device": "cpu"}, distributed=True).device == "cpu"
+    assert _resolve(options, distributed=False).device == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "one")
+    with pytest.raises(OptionError, match=r"tp on device 'cuda': LOCAL_RANK='one' is not a number"):
+        _resolve(options, distributed=True)
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(variable)
+    with pytest.raises(OptionError, match=r"tp on device 'cuda' .* LOCAL_RANK, which is not set: torchrun sets it"):
+        from_pretrained(AUTO, "nowhere", tp=2, **options)
 
 
 def test_what_transformers_refuses_by_itself_names_the_uri(models: Callable[[str], Path]) -> None:

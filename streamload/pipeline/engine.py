@@ -69,20 +69,28 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._started = threading.Event()
+        self._ended = False  # whoever started it wants it no more, and its loop may not have been there to be told
         self._cancellable = True
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="streamload-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; returns when its loop runs, so that `post` and `cancel` reach it."""
+        """Start the thread; returns when its loop runs, so that `post` reaches it.
+
+        Interrupted meanwhile, the thread ends by itself, and `join` waits for it.
+        """
         _live.add(self)
-        self._thread.start()
-        self._started.wait()
+        try:
+            self._thread.start()
+            self._started.wait()
+        except BaseException:
+            self._ended = True
+            raise
 
     @property
     def started(self) -> bool:
-        """Whether `start` was called."""
-        return self._started.is_set()
+        """Whether there is a thread, or was one."""
+        return self._thread.ident is not None
 
     def post(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` on the loop soon; nothing happens where the loop has ended. From any thread."""
@@ -97,6 +105,7 @@ class Engine:
 
     def cancel(self) -> None:
         """Cancel the coroutine, without waiting; the first call counts. From any thread, the collector included."""
+        self._ended = True
         self.post(self._cancel)
 
     def ignore_cancel(self) -> None:
@@ -106,6 +115,9 @@ class Engine:
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait until the thread has ended; whether it has."""
         if not self.started or threading.current_thread() is self._thread:
+            return False
+        # A thread can be joined a moment later than it has a number.
+        if not self._started.wait(timeout_s):
             return False
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -137,6 +149,8 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._started.set()
+        if self._ended:
+            self._cancel()
         await self._main()
 
 

@@ -236,7 +236,8 @@ class Pipeline:
             self._tuner.begin(recorder.now(), self._landed_bytes())
         else:
             await budget.acquire(credit_bytes)
-        recorder.peak_staged_bytes = budget.peak_bytes
+        # One load may have several budgets, each for a pipeline of its own.
+        recorder.peak_staged_bytes = max(recorder.peak_staged_bytes, budget.peak_bytes)
         if budget.raised_bytes > raised_before:
             recorder.raised_memory_bytes = budget.raised_bytes
             file = self._plan.catalog.files[batch.file]

@@ -81,6 +81,39 @@ def test_kserves_container_is_valid() -> None:
     kubernetes_validate.validate(pod, _VERSIONS[-1], strict=True)
 
 
+@pytest.mark.parametrize("base", ["sidecar", "kserve"])
+def test_the_documented_overlay_reaches_every_image(base: str) -> None:
+    """What the documentation's kustomizations change, worked out as kustomize does; there is none to run."""
+    text = (_DEPLOY.parent / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    overlays = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    (overlay,) = (each for each in overlays if f"//deploy/{base}?" in each["resources"][0])
+    objects = {(each["apiVersion"], each["kind"], each["metadata"]["name"]): each for each in _objects(base)}
+    for text in (patch["patch"] for patch in overlay["patches"]):
+        patch = yaml.safe_load(text)
+        _merge(objects[patch["apiVersion"], patch["kind"], patch["metadata"]["name"]], patch)
+    if base == "kserve":
+        assert "namespace" not in overlay  # it has none
+        (container,) = (each["spec"]["container"] for each in objects.values())
+        # An image in a container that is no pod's is none that `images` would find.
+        assert container["image"].startswith("registry.example.com/streamload:")
+        assert container["name"] == "storage-initializer"
+    else:
+        named = {each["name"] for each in overlay["images"]}
+        ours = {each["image"].partition(":")[0] for pod in _pods(base) for each in _containers(pod)}
+        assert named == ours
+
+
+def _merge(object: dict[str, Any], patch: dict[str, Any]) -> None:
+    """A merge of mappings; of lists it would be another matter."""
+    for key, value in patch.items():
+        assert not isinstance(value, list)
+        if isinstance(value, dict):
+            _merge(object[key], value)
+        else:
+            assert key in object
+            object[key] = value
+
+
 def test_the_validation_bites() -> None:
     (deployment,) = _read(_DEPLOY / "sidecar" / "deployment.yaml")
     sidecar = deployment["spec"]["template"]["spec"]["initContainers"][0]

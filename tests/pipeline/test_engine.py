@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 import textwrap
@@ -48,6 +49,40 @@ def test_cancel_reaches_the_coroutine_and_its_cleanup_runs() -> None:
     assert cleaned.is_set()
     engine.cancel()
     engine.post(print)
+
+
+def test_an_interrupt_while_it_starts_leaves_no_thread() -> None:
+    main_thread, interrupted, cleaned = threading.get_ident(), threading.Event(), threading.Event()
+
+    def interrupting_loop() -> asyncio.AbstractEventLoop:
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        assert interrupted.wait(30)
+        return asyncio.new_event_loop()
+
+    async def main() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cleaned.set()
+
+    engine = Engine(main, loop_factory=interrupting_loop)
+    with pytest.raises(KeyboardInterrupt):
+        engine.start()
+    assert engine.started
+    interrupted.set()
+    assert engine.join(30)
+    assert cleaned.is_set()
+
+
+def test_cancelled_before_it_starts_it_ends_at_once() -> None:
+    async def main() -> None:
+        await asyncio.Event().wait()
+
+    engine = Engine(main)
+    engine.cancel()
+    assert not engine.join(30)
+    engine.start()
+    assert engine.join(30)
 
 
 def test_a_loop_that_cannot_be_made_does_not_hang_the_caller() -> None:

@@ -17,8 +17,10 @@ import streamload
 
 _PACKAGE = Path(streamload.__file__).parent
 _README = Path(__file__).parent.parent / "README.md"
+# What is made of torch's own classes, and imported only by those who have it.
+_OF_TORCH = ("streamload.recording",)
 _MODULES = [
-    module.name
+    pytest.param(module.name, marks=[pytest.mark.torch] if module.name.startswith(_OF_TORCH) else [])
     for module in pkgutil.walk_packages(streamload.__path__, "streamload.")
     if not any(part.startswith("_") for part in module.name.split("."))
 ]

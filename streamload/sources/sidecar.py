@@ -133,6 +133,7 @@ class SidecarSource(LocalSource):
         self._objects: dict[tuple[str, str], _Object] = {}
         self._listed: dict[str, SourceObject] = {}
         self._used: dict[tuple[str, str], _Object] = {}
+        self._landed_files: list[_LandedFile] = []
         self._calls = 0
 
     @property
@@ -212,9 +213,8 @@ class SidecarSource(LocalSource):
         try:
             await super().aclose()
         finally:
-            for known in self._objects.values():
-                if known.file is not None:
-                    known.file.close()
+            for file in self._landed_files:
+                file.close()
             await self._client.aclose()
 
     async def _list(self) -> dict[str, SourceObject]:
@@ -242,6 +242,7 @@ class SidecarSource(LocalSource):
         if known.file is None:
             # Open until the end: what is read of an object is of one file.
             known.file = _LandedFile(os.path.join(root, known.path), object.size_bytes, known.mtime_ns)
+            self._landed_files.append(known.file)
         return known.file
 
 

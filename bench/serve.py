@@ -164,7 +164,7 @@ def _be_engine(job: dict[str, Any]) -> None:
     import torch
     from safetensors import safe_open
 
-    import streamload
+    from streamload import load_into
 
     model: dict[str, torch.Tensor] = {}
     for name in job["files"]:
@@ -176,7 +176,7 @@ def _be_engine(job: dict[str, Any]) -> None:
     time.sleep(max(0.0, job["start_s"] - (time.perf_counter() - began)))
     started = time.perf_counter()
     if job["uri"] is not None:
-        report = streamload.load_into(model, job["uri"])
+        report = load_into(model, job["uri"])
         if report.nbytes < sum(tensor.nbytes for tensor in model.values()):
             raise RuntimeError(f"not all was loaded: {report}")
     print(json.dumps({"loaded_s": time.perf_counter() - started}))

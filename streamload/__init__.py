@@ -46,8 +46,6 @@ from streamload.errors import (
     UnsupportedDtypeError,
 )
 from streamload.events import Event, Progress
-from streamload.filling import load_into
-from streamload.loader import AsyncStream, Stream, load, open, stream
 from streamload.options import LoadOptions, Options
 from streamload.plan import (
     Absent,
@@ -68,7 +66,9 @@ from streamload.trace import Trace
 
 if TYPE_CHECKING:
     from streamload.diagnosis import Diagnosis, Finding, doctor
+    from streamload.filling import load_into
     from streamload.inspection import Inspection, RankPlan, inspect
+    from streamload.loader import AsyncStream, Stream, load, open, stream
     from streamload.manifesting import WrittenManifest, write_manifest
     from streamload.saving import SavedShards, save_sharded
     from streamload.service import ServeArguments
@@ -79,10 +79,12 @@ if TYPE_CHECKING:
     from streamload.staging import stage_checkpoint
     from streamload.verification import BadBlock, FileVerification, Verification, verify
 
-# What is imported when it is first asked for: most programs load, and importing all of this takes a third of the time.
+# What is imported when it is first asked for: no program does all of this, and an init container loads nothing.
 _LATER = {
     "diagnosis": ("Diagnosis", "Finding", "doctor"),
+    "filling": ("load_into",),
     "inspection": ("Inspection", "RankPlan", "inspect"),
+    "loader": ("AsyncStream", "Stream", "load", "open", "stream"),
     "manifesting": ("WrittenManifest", "write_manifest"),
     "saving": ("SavedShards", "save_sharded"),
     "service": ("ServeArguments",),

@@ -37,8 +37,10 @@ class Streamload(Loader):
 
         Staging needs no torch, and imports none.
         """
-        if job.destination != "stage":
-            for name in ("torch", "streamload.sinks.host", "streamload.sinks.parameters"):
+        if job.destination == "stage":
+            import_module("streamload.staging")
+        else:
+            for name in ("torch", "streamload.loader", "streamload.filling", "streamload.sinks.host"):
                 import_module(name)
         if job.remote:
             # streamload imports its S3 client on the load's own thread, when a bucket is first opened.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from typing import Any, TypeAlias
 
@@ -80,6 +79,9 @@ def open_source(uri: str, *, source: str | None = None, concurrency: int | None 
 
 
 def _load(scheme: str, uri: str) -> SourceFactory:
+    # Only here: it brings the parser of e-mails along, which is a fifth of all of `import streamload`.
+    from importlib.metadata import EntryPoint, entry_points
+
     others: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=_GROUP)}
     point = others.get(scheme)
     if point is None:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from streamload.checksums import ALGORITHMS, Checksum, PartChecksums, Sha256
@@ -287,7 +288,9 @@ class S3Source(Source):
         if self._client is None:
             async with self._opening:
                 if self._client is None:
-                    # Only here: importing botocore and aiohttp takes as long as a small load.
+                    # Only here: importing botocore and aiohttp takes as long as a small load. On a thread: a sidecar's
+                    # startup probe is answered meanwhile.
+                    await asyncio.to_thread(import_module, "streamload.sources.s3_client")
                     from streamload.sources.s3_client import Asked, S3Client
 
                     asked = Asked(

@@ -215,7 +215,6 @@ class SidecarSource(LocalSource):
         finally:
             for file in self._landed_files:
                 file.close()
-            await self._client.aclose()
 
     async def _list(self) -> dict[str, SourceObject]:
         """What is staged; where staging has failed before, it is begun again."""

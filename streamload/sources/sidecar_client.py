@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from contextlib import suppress
 from typing import Any
-
-import aiohttp
 
 from streamload.errors import AccessError, OptionError, SourceError
 from streamload.sources.sidecar_protocol import ASK_AGAIN_S, MAX_SOCKET_PATH_BYTES, error_from
+from streamload.wire.head import MAX_HEAD_BYTES, parse_head
 
 __all__ = ["PATIENCE_S", "SidecarClient", "socket_path"]
 
@@ -40,7 +40,9 @@ def socket_path(uri: str) -> str:
 
 
 class SidecarClient:
-    """Asks; used on one event loop.
+    """Asks; used on one event loop, each time on a connection of its own.
+
+    By hand, as little as it is: to import an HTTP client takes as long as to read 1 GB from the volume.
 
     Args:
         path: The socket's.
@@ -55,7 +57,6 @@ class SidecarClient:
         self._path = path
         self._uri = uri
         self._patience_s = patience_s
-        self._session: aiohttp.ClientSession | None = None
         self.requests = 0
 
     async def ask(
@@ -79,19 +80,18 @@ class SidecarClient:
         while True:
             try:
                 status, answer = await self._request(method, path, body)
-            except (OSError, aiohttp.ClientError, TimeoutError) as error:
-                cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
-                if isinstance(cause, PermissionError):
-                    raise AccessError(
-                        f"its socket refuses: {cause.strerror} (--socket-mode and --socket-group of streamload serve "
-                        "say who may ask)",
-                        uri=self._uri,
-                    ) from error
+            except PermissionError as error:
+                raise AccessError(
+                    f"its socket refuses: {error.strerror} (--socket-mode and --socket-group of streamload serve say "
+                    "who may ask)",
+                    uri=self._uri,
+                ) from error
+            except (OSError, EOFError) as error:
                 # It has not begun yet, or crashed, or hangs.
                 now = loop.time()
                 silent_since = now if silent_since is None else silent_since
                 if now - silent_since >= patience_s:
-                    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+                    text = "it hangs up" if isinstance(error, EOFError) else error.strerror or type(error).__name__
                     raise SourceError(f"no sidecar answers: {text}", uri=self._uri) from error
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
@@ -107,29 +107,41 @@ class SidecarClient:
             if status != 202:
                 raise error_from(answer.get("error"), uri=self._uri)
 
-    async def aclose(self) -> None:
-        """Close the connections. May be called twice."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
-
     async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(self._path, limit=0),
-                timeout=aiohttp.ClientTimeout(total=_SILENT_S),
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
+        """Ask once.
+
+        Raises:
+            OSError: Nobody listens, or nothing is heard.
+            EOFError: Who listens ends before the answer does.
+            SourceError: The answer makes no sense.
+        """
         self.requests += 1
+        content = b"" if body is None else json.dumps(body).encode()
         # The host is no address, only what HTTP wants to be named.
-        async with self._session.request(method, f"http://sidecar{path}", json=body) as response:
-            content = await response.content.read(_MAX_ANSWER_BYTES + 1)
-            while len(content) <= _MAX_ANSWER_BYTES and (more := await response.content.read(_MAX_ANSWER_BYTES)):
-                content += more
+        asked = f"{method} {path} HTTP/1.1\r\nHost: sidecar\r\nConnection: close\r\n"
+        asked += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        async with asyncio.timeout(_SILENT_S):
+            reader, writer = await asyncio.open_unix_connection(self._path, limit=MAX_HEAD_BYTES)
+            try:
+                writer.write(asked.encode() + content)
+                try:
+                    head = parse_head(await reader.readuntil(b"\r\n\r\n"))
+                except (asyncio.LimitOverrunError, SourceError):
+                    raise self._stranger() from None
+                if head.body_bytes is None or head.body_bytes > _MAX_ANSWER_BYTES:
+                    raise self._stranger()
+                content = await reader.readexactly(head.body_bytes)
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError):
             answer = None
-        if not isinstance(answer, dict) or len(content) > _MAX_ANSWER_BYTES:
-            raise SourceError("what answers on this socket is no sidecar", uri=self._uri)
-        return response.status, answer
+        if not isinstance(answer, dict):
+            raise self._stranger()
+        return head.status, answer
+
+    def _stranger(self) -> SourceError:
+        return SourceError("what answers on this socket is no sidecar", uri=self._uri)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 
-import streamload.sources
 from streamload.errors import MissingDependencyError, OptionError
 from streamload.sources import Source, open_source
 from streamload.sources.http import HttpSource
@@ -31,7 +31,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, **factories: str) -> None:
     def entry_points(*, group: str) -> EntryPoints:
         return points.select(group=group)
 
-    monkeypatch.setattr(streamload.sources, "entry_points", entry_points)
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Build the wheel and test it as a user gets it: ``python -m scripts.wheel_test``.
 
 It is installed, not editable, in a virtual environment of its own, first without torch and then with it, and tested
-from a folder that holds the tests and none of the source: each test once, without torch where it needs none.
-Everything happens in a temporary folder.
+from a folder that holds the tests and none of the source: by those tests that an installation can make fail, or with
+``--all`` by every one, as another Python than the source tree's deserves. Each runs once, without torch where it needs
+none. Everything happens in a temporary folder.
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ _NOT_COPIED = shutil.ignore_patterns("__pycache__", "bench", "deploy", "engines"
 # What the wheel puts beside other packages: the package, and what its program begins with.
 _INSTALLED = {"streamload", "streamload_command.py"}
 
+# What a file, a package or torch that is missing would break: the package's face, its programs, one suite for every
+# source, and a load of each kind. The others see nothing but code that they have been run on in the source tree.
+_OF_AN_INSTALLATION = (
+    *("tests/cli", "tests/service", "tests/stage", "tests/vllm", "tests/sources/test_conformance.py"),
+    *("tests/sources/test_open_source.py", "tests/test_architecture.py", "tests/test_demo.py", "tests/test_doctor.py"),
+    *("tests/test_example_source.py", "tests/test_load_s3.py", "tests/test_loader.py", "tests/test_manifests.py"),
+    *("tests/test_package.py", "tests/test_presharded.py", "tests/test_transformers.py"),
+)
+
 # What needs more than Python packages is tested elsewhere.
 _HERE = "not gpu and not root and not cloud and not image"
 
@@ -59,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.wheel_test", description=__doc__)
     parser.add_argument("--python", default=sys.executable, help="test on this interpreter, such as python3.13")
     parser.add_argument("--without-torch", action="store_true", help="leave out the second part, which needs torch")
+    parser.add_argument("--all", action="store_true", help="every test, not only those of an installation")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="streamload-wheel-") as name:
         folder = Path(name)
@@ -70,7 +81,7 @@ def main() -> None:
         _headline("The wheel, without torch")
         _install(python, f"{wheel}[test]")
         _check_without_torch(python, tests)
-        torchless, others = _split_tests(tests)
+        torchless, others = _split_tests(tests, ("tests",) if arguments.all else _OF_AN_INSTALLATION)
         _run_tests(python, tests, f"{_HERE} and not torch", torchless)
 
         if not arguments.without_torch:
@@ -133,8 +144,10 @@ def _check_without_torch(python: Path, folder: Path) -> None:
     _run([python.parent / "streamload", "--version"], cwd=folder)
 
 
-def _split_tests(folder: Path) -> tuple[list[str], list[str]]:
-    """The test files that import no torch, neither themselves nor through other modules, and those that do."""
+def _split_tests(folder: Path, chosen: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The chosen test files that import no torch, neither themselves nor through other modules, and those that do."""
+    if missing := [path for path in chosen if not (folder / path).exists()]:
+        sys.exit(f"there are no tests called {', '.join(missing)}")
     tests = _modules(folder, "tests")
     imports = {
         name: set(_imports(ast.parse(path.read_text(encoding="utf-8"))))
@@ -143,7 +156,11 @@ def _split_tests(folder: Path) -> tuple[list[str], list[str]]:
     needing = {"torch"}
     while more := {name for name, imported in imports.items() if imported & needing} - needing:
         needing |= more
-    files = {name: str(path.relative_to(folder)) for name, path in tests.items() if path.name.startswith("test_")}
+    files = {
+        name: str(path.relative_to(folder))
+        for name, path in tests.items()
+        if path.name.startswith("test_") and any(path.is_relative_to(folder / each) for each in chosen)
+    }
     return (
         [path for name, path in files.items() if name not in needing],
         [path for name, path in files.items() if name in needing],

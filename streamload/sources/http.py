@@ -8,6 +8,7 @@ from typing import ClassVar
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from streamload.errors import (
+    AccessError,
     NotFoundError,
     ObjectChangedError,
     OptionError,
@@ -96,6 +97,10 @@ class HttpSource(Source):
                 return [await self.stat(key)]
             except NotFoundError:
                 pass
+            except AccessError as error:
+                # Not taken for missing: there may be an index, and what else lies there another checkpoint.
+                hint = f"a store that lists nothing says so as well where there is no {key}: then name the file"
+                raise AccessError(f"{error.cause}; {hint}", uri=self.uri, object=key) from None
         raise NotFoundError(
             f"neither {_INDEX} nor {_SINGLE} is there, and HTTP cannot list what is: name the file", uri=self.uri
         )

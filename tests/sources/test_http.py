@@ -184,7 +184,7 @@ class TestFolders:
         home.instead = only(lambda request: web.Response(status=403))
 
         async def body(source: HttpSource) -> None:
-            with pytest.raises(AccessError):
+            with pytest.raises(AccessError, match=r"access is refused.*where there is no model.*: then name the file"):
                 await source.list()
 
         run(home, body)

@@ -1,4 +1,4 @@
-"""The benchmarks' command line: ``python -m bench run|list|compare|plot``."""
+"""The benchmarks' command line: ``python -m bench run|list|show|compare|plot``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     given = _parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     try:
-        return {"run": _run, "list": _list, "compare": _compare, "plot": _plot}[given.command](given, console)
+        return {"run": _run, "list": _list, "show": _show, "compare": _compare, "plot": _plot}[given.command](
+            given, console
+        )
     except (OSError, ValueError, ImportError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -50,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--bucket", metavar="NAME[/PREFIX]", help="the bucket there; checkpoints are uploaded into it")
     run.add_argument("--dir", type=Path, default=_DATA, metavar="DIR", help="where checkpoints are made and kept")
     commands.add_parser("list", help="list scenarios and loaders")
+    show = commands.add_parser("show", help="print a file of results")
+    show.add_argument("file", type=Path, metavar="FILE.json")
+    show.add_argument("--markdown", action="store_true", help="as docs/benchmarks.md has them: fastest first")
     compare = commands.add_parser("compare", help="show what has changed between two files of results")
     compare.add_argument("old", type=Path, metavar="OLD.json")
     compare.add_argument("new", type=Path, metavar="NEW.json")
@@ -98,6 +103,15 @@ def _list(given: argparse.Namespace, console: Console) -> int:
     for scenario in SCENARIOS.values():
         console.print(f"{scenario.name:14} {scenario.title}; into {', '.join(scenario.destinations)}")
     console.print(f"\nloaders: {', '.join(NAMES)}")
+    return 0
+
+
+def _show(given: argparse.Namespace, console: Console) -> int:
+    reports = results.read(given.file)
+    if given.markdown:
+        print("\n\n".join(table.markdown(report) for report in reports))
+    else:
+        table.show(reports, console)
     return 0
 
 

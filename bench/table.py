@@ -59,25 +59,43 @@ def show_one(report: Report, console: Console) -> None:
 
 def row(result: Result) -> list[str]:
     """One loader's cells."""
+    return [result.loader, result.destination, *_measured(result, 3), _verdict(result)]
+
+
+def _measured(result: Result, digits: int) -> list[str]:
+    """Seconds with so many digits after the point, and what goes with them."""
     if result.seconds:
-        assert result.gb_per_s is not None
-        seconds = [
-            f"{statistics.median(result.seconds):.3f}",
-            f"{min(result.seconds):.3f}",
-            f"{max(result.seconds):.3f}",
-            f"{result.gb_per_s:.2f}",
-        ]
+        of = (statistics.median(result.seconds), min(result.seconds), max(result.seconds))
+        seconds = [*(f"{each:.{digits}f}" for each in of), _number(result.gb_per_s)]
     else:
         seconds = ["-"] * 4
-    return [
-        result.loader,
-        result.destination,
-        *seconds,
-        _number(result.limit_ratio),
-        _number(result.cpu_s_per_gb),
-        "-" if result.peak_rss_bytes is None else f"{result.peak_rss_bytes / MIB:.0f}",
-        _verdict(result),
-    ]
+    return [*seconds, _number(result.limit_ratio), _number(result.cpu_s_per_gb), _mib(result)]
+
+
+def markdown(report: Report) -> str:
+    """A scenario's table in Markdown: by destination, the limit first, then the fastest; what was not run below it.
+
+    No column says what was right: what was not, is named below as well.
+    """
+    scenario = SCENARIOS.get(report.scenario)
+    title = report.scenario if scenario is None else f"{scenario.title[0].upper()}{scenario.title[1:]}"
+    lines = [f"### {title} (`{report.scenario}`, {report.size_bytes / 1e9:.1f} GB)", ""]
+    if report.skipped is not None:
+        return "\n".join([*lines, f"Not run: {report.skipped}."])
+    counted = [result for result in report.results if result.correct and result.seconds]
+    order = list(dict.fromkeys(result.destination for result in counted))
+    counted.sort(
+        key=lambda each: (order.index(each.destination), each.loader != "limit", statistics.median(each.seconds))
+    )
+    lines += ["| | loader | seconds | least | most | GB/s | of the limit | CPU-s/GB | peak MiB |", f"|{'---|' * 9}"]
+    for result in counted:
+        name = f"**{result.loader}**" if result.loader == "streamload" else result.loader
+        lines.append(f"| {' | '.join([result.destination, name, *_measured(result, 2)])} |")
+    others = [result for result in report.results if result not in counted]
+    if others:
+        said = [f"{each.loader} ({each.destination}): {_verdict(each)}" for each in others]
+        lines += ["", f"{'; '.join(said)}."]
+    return "\n".join(lines)
 
 
 def _verdict(result: Result) -> str:

@@ -52,6 +52,29 @@ def test_a_wrong_loader_is_shown_as_wrong(tmp_path: Path, capsys: pytest.Capture
     assert "WRONG now" in capsys.readouterr().out
 
 
+def test_a_file_is_shown_as_tables_for_people_and_for_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [replace(run, wrong="1 of 9 tensors") for run in runs("safetensors", 1.0)]
+    counted = runs("runai", 4.0, 2.0, 3.0), runs("streamload", 1.5), runs("limit", 2.0)
+    skipped = Report("gpu-s3", 10**9, {}, [], skipped="no GPU")
+    results.write(tmp_path / "a.json", [summarized(*counted, wrong), skipped])
+    assert main(["show", str(tmp_path / "a.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "WRONG: 1 of 9 tensors" in shown
+    assert "not run: no GPU" in shown
+    assert main(["show", "--markdown", str(tmp_path / "a.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "### Local files in the page cache (`local-warm`, 1.0 GB)"
+    assert lines[4:7] == [
+        "| drain | limit | 2.00 | 2.00 | 2.00 | 0.50 | 1.00 | 4.00 | 0 |",
+        "| drain | **streamload** | 1.50 | 1.50 | 1.50 | 0.67 | 1.33 | 3.00 | 0 |",
+        "| drain | runai | 3.00 | 2.00 | 4.00 | 0.33 | 0.67 | 6.00 | 0 |",
+    ]
+    assert lines[8] == "safetensors (drain): WRONG: 1 of 9 tensors; obstore (drain): not run: no files."
+    assert lines[-1] == "Not run: no GPU."
+
+
 def test_runs_with_an_error_do_not_count() -> None:
     found = runs("streamload", 1.0, 2.0)
     found[1] = replace(found[1], error="verified 9 of 10 bytes: not counted")

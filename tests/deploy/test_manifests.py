@@ -15,7 +15,7 @@ import yaml
 from kubernetes_validate.utils import all_versions
 
 from streamload.cli import _parser, main
-from tests.stage.models import INDEX, STAGED, names, source_of
+from tests.stage.models import STAGED, names, source_of
 
 _DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 _BASES = ("init", "sidecar", "daemonset")
@@ -186,14 +186,34 @@ def test_ours_have_nothing_that_they_do_not_need() -> None:
         for each in _containers(pod)
         if each["image"].startswith("streamload:")
     ]
-    for each in [*ours, _storage_container()]:
+    storage = _storage_container()
+    for each in [*ours, storage]:
         assert "memory" in each["resources"]["limits"]
         if each["name"] == "prepare":  # gives a folder of root's away
             assert each["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["CHOWN"]}
             assert "envFrom" not in each
         else:
-            assert each["securityContext"] == _LOCKED_DOWN
+            # A pod of ours has it for all its containers; KServe's is KServe's.
+            own = {"seccompProfile": {"type": "RuntimeDefault"}} if each is storage else {}
+            assert each["securityContext"] == _LOCKED_DOWN | own
             assert each["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+@pytest.mark.parametrize("base", _BASES)
+def test_pods_are_told_of_no_services(base: str) -> None:
+    """A service called vllm would be VLLM_PORT in the engine, which wants a number there and ends."""
+    for pod in _pods(base):
+        assert pod["enableServiceLinks"] is False
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+
+
+@pytest.mark.parametrize("base", _BASES)
+def test_a_rollout_needs_no_second_gpu_and_has_time(base: str) -> None:
+    (deployment,) = (each["spec"] for each in _objects(base) if each["kind"] == "Deployment")
+    assert deployment["strategy"]["rollingUpdate"] == {"maxSurge": 0, "maxUnavailable": 1}
+    (engine,) = deployment["template"]["spec"]["containers"]
+    probe = engine["startupProbe"]
+    assert deployment["progressDeadlineSeconds"] > 2 * probe["periodSeconds"] * probe["failureThreshold"]
 
 
 @pytest.mark.parametrize("base", _BASES)
@@ -224,9 +244,9 @@ def test_what_is_told_works(base: str, tmp_path: Path, monkeypatch: pytest.Monke
     (engine,) = pod["containers"]
     model = Path(local(engine["args"][0]))
     # Where a sidecar has the weights, the engine's folder has all else.
-    weights = {name for name in STAGED if name.endswith(".safetensors")} if base == "sidecar" else set()
+    weights = {name for name in STAGED if ".safetensors" in name} if base == "sidecar" else set()
     assert names(model) == STAGED - weights | {"READY"}
-    assert (model / INDEX).read_bytes() == (source / INDEX).read_bytes()
+    assert all((model / name).read_bytes() == (source / name).read_bytes() for name in STAGED - weights)
 
 
 def test_arguments_have_a_meaning() -> None:

@@ -229,8 +229,9 @@ def add_staging(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--verify",
-        choices=("auto", "off", "require"),
-        help="compare with a manifest and the source's checksums, do not, or fail where weights have neither",
+        choices=("auto", "off", "require", "sha256"),
+        help="compare with a manifest and the source's checksums, do not, fail where weights have neither, or compare "
+        "the SHA-256 that the Hub or S3 keeps, too",
     )
     group.add_argument(
         "--on-conflict",

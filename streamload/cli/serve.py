@@ -20,7 +20,7 @@ sidecar:///DIR/streamload.sock reads that from the folder, waits for the rest,
 which is brought first, and returns when all that it has read was verified.
 Over TCP, for the kubelet and Prometheus: /startupz, /healthz, /readyz and
 /metrics. Ends on SIGTERM, and begun again goes on from what has landed. Every
-option can come from the environment instead."""
+option but --quiet can come from the environment."""
 
 _EXAMPLES = """\
 examples:

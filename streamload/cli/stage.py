@@ -23,7 +23,7 @@ made durable, renamed; last a marker, READY. Run again it finds that all is
 there, in a moment; interrupted anywhere, it goes on from what has landed. Of
 several that stage the same into the same folder, one works and the others wait
 for it. Takes the arguments of KServe's storage initializer as they are. Needs
-no torch. Every option can come from the environment instead."""
+no torch. Every option but --quiet and --json can come from the environment."""
 
 _EXAMPLES = """\
 examples:

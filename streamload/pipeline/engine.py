@@ -9,7 +9,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, TypeVar
 
 __all__ = ["Engine", "first_error", "new_event_loop", "run_in_thread"]
@@ -19,6 +19,10 @@ T = TypeVar("T")
 # At the interpreter's end: how long to wait for a load to let go. Reads that hang longer than this sit in daemon
 # threads, which the interpreter leaves behind.
 _EXIT_GRACE_S = 10.0
+
+# How long to wait for a loop to close on which nothing runs any more. uvloop's waits for names that are being looked
+# up: ten seconds and longer where the name server does not answer.
+_CLOSE_GRACE_S = 0.5
 
 _MAIN_THREADS_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
@@ -71,6 +75,7 @@ class Engine:
         self._started = threading.Event()
         self._ended = False  # whoever started it wants it no more, and its loop may not have been there to be told
         self._cancellable = True
+        self._closing = False  # the coroutine has ended, and the loop is about to
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="streamload-engine", daemon=True)
 
@@ -151,7 +156,10 @@ class Engine:
         self._started.set()
         if self._ended:
             self._cancel()
-        await self._main()
+        try:
+            await self._main()
+        finally:
+            self._closing = True
 
 
 def run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -173,7 +181,10 @@ def run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return result.result()
     finally:
         engine.cancel()
-        engine.join()
+        if engine.started:
+            either: list[Future[Any]] = [result, engine.finished]
+            wait(either, return_when=FIRST_COMPLETED)
+        engine.join(_CLOSE_GRACE_S)
 
 
 def first_error(error: BaseException) -> BaseException:
@@ -190,4 +201,4 @@ def _close_all() -> None:
     for engine in engines:
         engine.cancel()
     for engine in engines:
-        engine.join(_EXIT_GRACE_S)
+        engine.join(_CLOSE_GRACE_S if engine._closing else _EXIT_GRACE_S)

@@ -19,6 +19,7 @@ from streamload.report import Recorder
 __all__ = [
     "BY_MANIFEST",
     "BY_SHA256",
+    "BY_SHA256S",
     "NOT_KEPT",
     "NOT_WHOLE",
     "OUT_OF_ORDER",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 BY_SHA256 = "SHA-256 of the whole object"
-_BY_SHA256S = "SHA-256 of each uploaded part"
+BY_SHA256S = "SHA-256 of each uploaded part"
 BY_MANIFEST = "CRC64NVME of each block, by a manifest"
 
 NOT_KEPT = "the source keeps no checksum of the whole object that parts could be combined to"
@@ -180,7 +181,7 @@ class Verifier:
                     checksum = OUT_OF_ORDER if whole else NOT_WHOLE
                 else:
                     digest = OrderedDigest(sha256, file.size_bytes)
-                    by = BY_SHA256 if isinstance(sha256, bytes) else _BY_SHA256S
+                    by = BY_SHA256 if isinstance(sha256, bytes) else BY_SHA256S
                     self._digests[file.key] = _Digested(digest, tensor_bytes, by, headers[file.key])
                     continue
             if isinstance(checksum, str):

@@ -32,6 +32,7 @@ _BUILT_IN = {
 
 # Set for a process, whatever it loads: no mistake where a source has no use for them.
 _WHOEVER_TAKES_THEM = {
+    "grace_s",
     "http_headers",
     "s3_anonymous",
     "s3_settings",

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from streamload.errors import SourceError
 from streamload.stage.locks import FileLock
 from streamload.stage.names import LOCK_NAME, USE_NAME, version_name
-from streamload.stage.ready import remove_ready
 from streamload.units import format_bytes, format_seconds
 
-__all__ = ["CACHE_LOCK_NAME", "CachedVersion", "cached_versions", "evict", "link_to", "version_folder"]
+__all__ = ["CACHE_LOCK_NAME", "CachedVersion", "cached_versions", "evict", "is_version", "link_to", "version_folder"]
 
 CACHE_LOCK_NAME = ".streamload-cache.lock"
 """Held by who removes versions."""
@@ -52,6 +51,11 @@ def version_folder(cache: str, uri: str, digest: str) -> str:
     return os.path.join(cache, version_name(uri), digest)
 
 
+def is_version(folder: str) -> bool:
+    """Whether a folder is a version in a cache."""
+    return os.path.lexists(os.path.join(folder, USE_NAME))
+
+
 def cached_versions(cache: str) -> list[CachedVersion]:
     """All versions, the least recently used first; only what has a lock of ours is one.
 
@@ -64,6 +68,8 @@ def cached_versions(cache: str) -> list[CachedVersion]:
         if os.path.islink(parent) or not os.path.isdir(parent):
             continue
         for digest in sorted(os.listdir(parent)):
+            if digest.endswith(_GOING_SUFFIX):
+                continue
             path = os.path.join(parent, digest)
             try:
                 used_s = os.lstat(os.path.join(path, USE_NAME)).st_mtime
@@ -79,7 +85,8 @@ def evict(
     """Remove versions, the least recently used first, until what is left and what is needed stay within a limit.
 
     A version goes all at once, by renaming its folder while its lock is held; who waits for that lock finds it gone.
-    What is in use stays, even beyond the limit. Called with the cache's lock held.
+    What is in use stays, even beyond the limit, and so does what cannot be removed; a log line says so. Called with the
+    cache's lock held.
 
     Args:
         cache: The cache.
@@ -93,7 +100,7 @@ def evict(
         What was removed.
 
     Raises:
-        OSError: Something cannot be removed.
+        OSError: The cache cannot be listed.
     """
     _clear_up(cache)
     versions = cached_versions(cache)
@@ -104,17 +111,13 @@ def evict(
             break
         if spare(version.path) or now_s - version.used_s < keep_s:
             continue
-        going = version.path + _GOING_SUFFIX
-        locks = [FileLock(os.path.join(version.path, name)) for name in (USE_NAME, LOCK_NAME)]
         try:
-            if not all(lock.take() for lock in locks):
+            if not _take_away(version.path, used_before_s=now_s - keep_s):
                 continue
-            remove_ready(version.path)
-            os.rename(version.path, going)
-        finally:
-            for lock in locks:
-                lock.release()
-        _remove(going)
+        except OSError as error:
+            _logger.warning("%s cannot be removed, and stays: %s", version.path, error.strerror)
+            continue
+        _remove(version.path + _GOING_SUFFIX)
         total -= version.nbytes
         removed.append(version)
         _logger.info(
@@ -124,8 +127,30 @@ def evict(
             format_seconds(now_s - version.used_s),
         )
     if total + needed_bytes > keep_bytes:
-        _logger.warning("%s: %s stay, more than keep_bytes: they are in use", cache, format_bytes(total + needed_bytes))
+        _logger.warning(
+            "%s: %s stay, more than keep_bytes: they are in use, or cannot be removed",
+            cache,
+            format_bytes(total + needed_bytes),
+        )
     return removed
+
+
+def _take_away(path: str, *, used_before_s: float) -> bool:
+    """Rename a version's folder, so that nobody finds it any more; whether that was done, and not in use.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    use, work = (FileLock(os.path.join(path, name)) for name in (USE_NAME, LOCK_NAME))
+    try:
+        # Since the versions were listed, somebody may have found it and gone: his lock has, and what he noted has not.
+        if not use.take() or not work.take() or use.touched_s > used_before_s:
+            return False
+        os.rename(path, path + _GOING_SUFFIX)
+        return True
+    finally:
+        use.release()
+        work.release()
 
 
 def link_to(link: str, target: str) -> None:
@@ -164,10 +189,15 @@ def _clear_up(cache: str) -> None:
 
 
 def _remove(folder: str) -> None:
+    """Remove what nobody finds any more; what cannot be removed is tried again by the next one who looks."""
     # Imported here: with its compressors it takes longer than all else that a second run does.
     from shutil import rmtree
 
-    rmtree(folder)
+    try:
+        rmtree(folder)
+    except OSError as error:
+        # A network mount keeps a file that somebody has open.
+        _logger.warning("%s cannot be removed yet: %s", folder, error.strerror)
 
 
 def _sizes(folder: str) -> Iterator[int]:

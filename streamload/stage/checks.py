@@ -6,9 +6,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from streamload.checkpoint import MANIFEST_ALGORITHM, ManifestFile
-from streamload.checksums import Algorithm, Checksum, PartChecksums, RunningChecksum, combined
+from streamload.checksums import Algorithm, Checksum, PartChecksums, RunningChecksum, Sha256, combined
 from streamload.errors import ChecksumError, ManifestError
 from streamload.pipeline.scan import Scan
+from streamload.pipeline.verify import BY_SHA256, BY_SHA256S
 from streamload.sources.base import SourceObject
 
 __all__ = ["Check", "check_for"]
@@ -31,6 +32,7 @@ class Check:
         algorithm: As above.
         by: As above.
         reason: As above.
+        sha256: What its SHA-256 has to be, which is compared when all of it is there; None where that is not known.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Check:
         self.algorithm: Algorithm = algorithm
         self.by = by
         self.reason = reason
+        self.sha256: Sha256 | None = None
 
     def running(self, start: int) -> RunningChecksum:
         """What sums up a piece that begins at `start`."""
@@ -93,7 +96,12 @@ class Check:
 
 
 def check_for(
-    object: SourceObject, said: ManifestFile | None, kept: Checksum | PartChecksums | str, *, required: bool
+    object: SourceObject,
+    said: ManifestFile | None,
+    kept: Checksum | PartChecksums | str,
+    sha256: bytes | Sha256 | str | None,
+    *,
+    required: bool,
 ) -> Check:
     """Decide what a file is compared with: its manifest's blocks, or else what the store keeps.
 
@@ -101,26 +109,33 @@ def check_for(
         object: The file.
         said: What a manifest says of it.
         kept: The store's checksum, or why there is none.
+        sha256: The store's SHA-256, where it was asked for, or why there is none.
         required: Whether there has to be something.
 
     Raises:
         ManifestError: The manifest tells of another file.
         ChecksumError: There has to be something, and is not.
     """
+    digest = Sha256((object.size_bytes,), (sha256,)) if isinstance(sha256, bytes) else sha256
     if said is not None:
-        return _by_manifest(object, said, kept)
-    if isinstance(kept, Checksum):
+        check = _by_manifest(object, said, kept)
+    elif isinstance(kept, Checksum):
         by = f"the store's {kept.algorithm} of the whole object"
-        return Check(object, algorithm=kept.algorithm, expected=(kept.value,), by=by)
-    if isinstance(kept, PartChecksums):
+        check = Check(object, algorithm=kept.algorithm, expected=(kept.value,), by=by)
+    elif isinstance(kept, PartChecksums):
         by = f"the store's {kept.algorithm} of the uploaded part"
-        return Check(object, algorithm=kept.algorithm, ends=kept.ends, expected=kept.values, by=by)
-    if required and object.size_bytes:
+        check = Check(object, algorithm=kept.algorithm, ends=kept.ends, expected=kept.values, by=by)
+    elif isinstance(digest, Sha256):
+        check = Check(object, by=f"the store's {BY_SHA256 if len(digest.ends) == 1 else BY_SHA256S}")
+    elif required and object.size_bytes:
         raise ChecksumError(
             f"verify is 'require', and {_UNKNOWN}: {kept}; `streamload manifest` writes what does for weights",
             object=object.key,
         )
-    return Check(object, reason=kept)
+    else:
+        check = Check(object, reason=digest or kept)
+    check.sha256 = digest if isinstance(digest, Sha256) else None
+    return check
 
 
 def _by_manifest(object: SourceObject, said: ManifestFile, kept: Checksum | PartChecksums | str) -> Check:

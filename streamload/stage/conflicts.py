@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from streamload.errors import SourceError
 from streamload.stage.listing import Listing
@@ -12,13 +13,21 @@ from streamload.stage.ready import ReadyFile, is_as_staged, read_ready
 __all__ = ["look"]
 
 
-def look(folder: str, listing: Listing, known: dict[str, ReadyFile], *, replace: bool) -> dict[str, ReadyFile]:
+def look(
+    folder: str,
+    listing: Listing,
+    known: dict[str, ReadyFile],
+    *,
+    counts: Callable[[ReadyFile], bool],
+    replace: bool,
+) -> dict[str, ReadyFile]:
     """Look which files are there, whole; what is in the way of the others is refused, or will be replaced.
 
     Args:
         folder: Where to look.
         listing: What is wanted.
         known: What the marker or the journal says of files under their names.
+        counts: Whether a file that is as it was staged need not be read again.
         replace: Whether what is in the way will be replaced.
 
     Returns:
@@ -32,7 +41,7 @@ def look(folder: str, listing: Listing, known: dict[str, ReadyFile], *, replace:
         path = os.path.join(folder, key)
         said = known.get(key)
         if said is not None and is_as_staged(folder, said):
-            if said.identity == file.identity:
+            if said.identity == file.identity and counts(said):
                 there[key] = said
         elif os.path.isdir(path) and not os.path.islink(path):
             raise SourceError("a folder is in the way of this file", object=key)

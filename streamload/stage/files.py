@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 
 from streamload.errors import SourceError
-from streamload.stage.names import unfinished_name
+from streamload.stage.names import is_unfinished, unfinished_name
 from streamload.stage.volume import reserve, start_writeback, sync_folder
 
-__all__ = ["StagedFile"]
+__all__ = ["StagedFile", "remove_unfinished"]
 
 # What is cancelled waits for the call that is under way, so one call must be short.
 _MAX_CALL_BYTES = 8 << 20
+
+
+def remove_unfinished(folder: str, *, but: Collection[str]) -> None:
+    """Remove what a killed process has left of files that nobody goes on with; it takes as much room as whole ones.
+
+    Args:
+        folder: Where to look, and in all folders below.
+        but: The keys of those that are gone on with.
+
+    Raises:
+        OSError: One cannot be removed.
+    """
+    mine = {os.path.join(folder, unfinished_name(key)) for key in but}
+    for parent, _, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in names if is_unfinished(name)):
+            if path not in mine:
+                os.unlink(path)
 
 
 class StagedFile:
@@ -109,12 +127,27 @@ class StagedFile:
         return status.st_mtime_ns
 
     def publish(self) -> None:
-        """Give it its name, in place of what is there.
+        """Give it its name, in place of what is there, and close it.
 
         Raises:
             OSError: It cannot be done.
+            SourceError: What would get, or has got, the name is another file.
         """
+        # Where locks keep nobody out (none on this mount, or the lock's file was removed), another process may have put
+        # its own, which is still empty, in the place of ours.
+        self._check_place(self.unfinished)
         os.rename(self.unfinished, self.path)
+        self._check_place(self.path)
+        self.close()
+
+    def _check_place(self, path: str) -> None:
+        assert self._fd is not None
+        try:
+            ours = os.path.samestat(os.fstat(self._fd), os.lstat(path))
+        except FileNotFoundError:
+            ours = False
+        if not ours:
+            raise SourceError(f"{path} is not what was written here: another process has replaced or removed it")
 
     def sync_name(self) -> None:
         """Make its name durable, where it lies in a folder below the one that the marker is in.

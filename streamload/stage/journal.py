@@ -8,8 +8,11 @@ the file and before the file gets its name.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -110,8 +113,9 @@ class Journal:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd = os.open(self._path, flags, 0o666)
         size = os.fstat(self._fd).st_size
-        if size and os.pread(self._fd, 1, size - 1) != b"\n":
-            os.write(self._fd, b"\n")  # what comes now must not become a part of a torn line
+        # What comes next must not become a part of a torn line.
+        self._lock = threading.Lock()
+        self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def landed(self, identity: str, piece: Landed) -> None:
         """A piece is in its place."""
@@ -133,19 +137,23 @@ class Journal:
 
     def whole(self, file: ReadyFile) -> None:
         """A file is whole and durable, and about to get its name. Returns when that is durable too."""
-        self._append({"whole": asdict(file)})
+        self.vouch([file])
+
+    def vouch(self, files: Iterable[ReadyFile]) -> None:
+        """Files are whole under their names, which no marker may say from now on. Returns when that is durable."""
+        for file in files:
+            self._append({"whole": asdict(file)})
         os.fsync(self._fd)
 
     def close(self) -> None:
         """Keep it for the next one."""
         os.close(self._fd)
 
-    def remove(self) -> None:
-        """All is whole, and the marker says so."""
-        os.unlink(self._path)
-
     def _append(self, said: dict[str, Any]) -> None:
         line = json.dumps(said, separators=(",", ":")).encode() + b"\n"
-        # One call, and O_APPEND: lines do not mix.
-        if os.write(self._fd, line) != len(line):
-            raise OSError(28, "the journal could not be written whole")
+        with self._lock:
+            # One call, and O_APPEND: another process's lines do not mix with ours.
+            written = os.write(self._fd, b"\n" * self._torn + line) - self._torn
+            self._torn = written != len(line)
+        if self._torn:
+            raise OSError(errno.ENOSPC, "the journal could not be written whole")

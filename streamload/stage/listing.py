@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from streamload.checkpoint import MAX_INDEX_BYTES, choose_index, parse_index
-from streamload.errors import CheckpointError, IndexFileError, NotFoundError
+from streamload.errors import AccessError, CheckpointError, IndexFileError, NotFoundError
 from streamload.loan import Loan
 from streamload.pipeline.fetch import Fetcher
+from streamload.pipeline.manifests import is_one_file
 from streamload.sources import SourceObject
 from streamload.sources.keys import check_key
 from streamload.stage.checks import Check
 from streamload.stage.files import StagedFile
-from streamload.stage.names import choose, identity, version_digest
+from streamload.stage.names import USUAL_NAMES, choose, identity, version_digest
 from streamload.stage.options import StageOptions
 from streamload.stage.pieces import Piece, Ranges
 from streamload.stage.ready import Ready, ReadyFile
 
 __all__ = ["FileState", "Lister", "Listing"]
+
+_logger = logging.getLogger("streamload.stage")
+
+# A web server may be a small one.
+_LOOKED_FOR_AT_ONCE = 8
 
 
 class FileState:
@@ -103,6 +111,10 @@ class Lister:
         listed = {object.key: object for object in await fetcher.ask(fetcher.source.list)}
         for name in listed:
             check_key(name, uri=self._uri)
+        if not fetcher.source.lists_folders and not is_one_file(fetcher.source.uri, listed):
+            listed |= await self._look_for(
+                name for name in (*USUAL_NAMES, *self._options.include) if name not in listed
+            )
         key = choose_index(tuple(listed))
         shards: tuple[str, ...] | None = None
         index = None if key is None else identity(self._uri, listed[key])
@@ -119,6 +131,23 @@ class Lister:
         files = {object.key: FileState(object, identity(self._uri, object)) for object in objects}
         digest = version_digest(file.identity for file in files.values())
         return Listing(files, listed, digest, index, shards or ())
+
+    async def _look_for(self, names: Iterable[str]) -> dict[str, SourceObject]:
+        """Those of some files that are there, where the source cannot list what is."""
+
+        async def look(name: str) -> SourceObject | None:
+            async with slots:
+                try:
+                    return await self._fetcher.ask(lambda: self._fetcher.source.stat(name), key=name)
+                except (AccessError, NotFoundError) as error:
+                    # Stores that list nothing refuse what is not there as well.
+                    _logger.debug("%s: %s is not staged: %s", self._uri, name, error.cause)
+                    return None
+
+        slots = asyncio.Semaphore(_LOOKED_FOR_AT_ONCE)
+        async with asyncio.TaskGroup() as group:
+            looking = [group.create_task(look(name)) for name in dict.fromkeys(names) if not set(name) & set("*?[")]
+        return {object.key: object for object in (task.result() for task in looking) if object is not None}
 
     async def _stat(self, key: str) -> SourceObject:
         try:

@@ -14,6 +14,7 @@ __all__ = [
     "LOCK_NAME",
     "READY_NAME",
     "USE_NAME",
+    "USUAL_NAMES",
     "choose",
     "identity",
     "is_unfinished",
@@ -34,6 +35,15 @@ USE_NAME = ".streamload-stage.used"
 
 JOURNAL_NAME = ".streamload-stage.journal"
 """What has landed and was summed up, until all is there."""
+
+USUAL_NAMES = (
+    *("config.json", "generation_config.json", "configuration.json", "params.json", "modules.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
+    *("video_preprocessor_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
+)
+"""What lies beside weights, for a source that cannot list it: what transformers and vLLM look for by name."""
 
 _PREFIX, _SUFFIX = ".", ".streamload-staging"
 

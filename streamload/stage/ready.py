@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from streamload.errors import StreamloadError
+from streamload.sources.keys import check_key
 from streamload.stage.names import READY_NAME, unfinished_name
 from streamload.stage.volume import sync_folder
 
@@ -72,10 +75,17 @@ def read_ready(folder: str) -> Ready | None:
         OSError: It cannot be read.
     """
     try:
-        with open(os.path.join(folder, READY_NAME), "rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        # Not waiting for who writes, should it be a pipe.
+        fd = os.open(os.path.join(folder, READY_NAME), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        with open(fd, "rb", closefd=False) as file:
+            raw = file.read(_MAX_BYTES + 1)
+    finally:
+        os.close(fd)
     try:
         said = json.loads(raw)
         if (said["format"], said["version"]) != (_FORMAT, _VERSION):
@@ -97,10 +107,19 @@ def read_ready(folder: str) -> Ready | None:
 def file_of(said: dict[str, Any]) -> ReadyFile:
     """A file, out of JSON.
 
+    Whoever may write to the volume may have written it, and what it names may be removed: only what lies in the folder.
+
     Raises:
         TypeError: It is none.
     """
-    return ReadyFile(**{**said, "stamps": tuple(said.get("stamps", ()))})
+    file = ReadyFile(**{**said, "stamps": tuple(said.get("stamps", ()))})
+    if not (isinstance(file.key, str) and type(file.size_bytes) is int and type(file.mtime_ns) is int):
+        raise TypeError("not a file's name, size and time of change")
+    try:
+        check_key(file.key, uri="")
+    except StreamloadError as error:
+        raise TypeError(str(error)) from error
+    return file
 
 
 def write_ready(folder: str, ready: Ready) -> None:

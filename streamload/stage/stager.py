@@ -31,7 +31,7 @@ from streamload.errors import CredentialsError, NotFoundError, SourceError, Stre
 from streamload.options import LoadOptions
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.concurrency import ConcurrencyTuner
-from streamload.pipeline.discover import ask_checksums
+from streamload.pipeline.discover import ask_checksums, ask_sha256s
 from streamload.pipeline.fetch import Fetcher
 from streamload.pipeline.hedge import Hedger
 from streamload.pipeline.manifests import find_manifests
@@ -43,7 +43,7 @@ from streamload.stage import cache
 from streamload.stage.calls import BlockingCalls
 from streamload.stage.checks import Check, check_for
 from streamload.stage.conflicts import look
-from streamload.stage.files import StagedFile
+from streamload.stage.files import StagedFile, remove_unfinished
 from streamload.stage.journal import Journal, Noted, read_journal
 from streamload.stage.listing import FileState, Lister, Listing
 from streamload.stage.locks import FileLock
@@ -51,7 +51,6 @@ from streamload.stage.names import (
     JOURNAL_NAME,
     LOCK_NAME,
     USE_NAME,
-    is_unfinished,
     is_weights,
     unfinished_name,
     version_name,
@@ -60,7 +59,7 @@ from streamload.stage.options import StageOptions
 from streamload.stage.pieces import pieces_of
 from streamload.stage.ready import Ready, ReadyFile, is_as_staged, read_ready, remove_ready, write_ready
 from streamload.stage.staged import Place, Staged, StagedState
-from streamload.stage.volume import check_space, in_memory
+from streamload.stage.volume import check_space, in_memory, sync_folder
 from streamload.stage.workers import Workers
 from streamload.uris import scrub_uri
 
@@ -79,6 +78,10 @@ _PAGE_BYTES = mmap.PAGESIZE
 # link of 10 Gbit/s at 100 MiB/s each.
 _READS_IN_MEMORY = 16
 _LEAST_READ_BYTES = 1 << 20
+
+# What is cancelled waits so long for a thread of the source that does not return: SIGTERM ends a container's process
+# within two seconds, or so it is promised.
+_GRACE_S = 1.0
 
 _SWITCHED_OFF = "verify is off"
 
@@ -114,7 +117,7 @@ class Stager:
         self._reading = reading
         self._memory_bytes = reading.memory_bytes
         number = None if reading.concurrency == "auto" else reading.concurrency
-        of_source = {"s3_settings": options.s3, **reading.for_source()}
+        of_source = {"s3_settings": options.s3, "grace_s": _GRACE_S, **reading.for_source()}
         self.source: Source = open_source(uri, source=reading.source, concurrency=number, **of_source)
         self.recorder = Recorder(self.uri, "none", self._memory_bytes, on_event=reading.on_event)
         self.recorder.source = self.source.scheme
@@ -352,7 +355,7 @@ class Stager:
             self._phase("wait")
             ready = await self._calls.run(lambda: read_ready(self.folder))
             if not await self._is_present(ready, listing):
-                await self._stage(listing, ready)
+                await self._stage(listing, ready, lock)
                 await self._link_to_version()
                 # Who serves the files keeps this open, and others find all there from now on.
                 lock.release()
@@ -384,7 +387,12 @@ class Stager:
         """Whether a marker vouches for all of this version, and the files are as it says."""
         if ready is None or ready.digest != listing.digest:
             return False
-        return await self._calls.run(lambda: all(is_as_staged(self.folder, file) for file in ready.files))
+        return await self._calls.run(lambda: all(self._counts(file) for file in ready.files))
+
+    def _counts(self, file: ReadyFile) -> bool:
+        """Whether a file need not be read again: it is as it was staged, and compared where that is required."""
+        compared = file.verified is not None or not file.size_bytes or not is_weights(file.key)
+        return (compared or self._reading.verify != "require") and is_as_staged(self.folder, file)
 
     async def _present_offline(self) -> Staged:
         """What a marker vouches for, without having asked the source.
@@ -420,7 +428,7 @@ class Stager:
     def _vouches(self, ready: Ready) -> bool:
         options = self._options
         same = (ready.uri, ready.include, ready.exclude) == (self.uri, options.include, options.exclude)
-        return same and all(is_as_staged(self.folder, file) for file in ready.files)
+        return same and all(self._counts(file) for file in ready.files)
 
     def _adopt(self, listing: Listing, there: dict[str, ReadyFile]) -> None:
         """It is known what there is, and which files are whole."""
@@ -463,18 +471,23 @@ class Stager:
                 _logger.info("%s: another process is at work there; waiting for it", where)
             await asyncio.sleep(_LOOK_AGAIN_S)
 
-    async def _stage(self, listing: Listing, ready: Ready | None) -> None:
+    async def _stage(self, listing: Listing, ready: Ready | None, lock: FileLock) -> None:
+        if self._options.cache is None and await self._calls.run(lambda: cache.is_version(self.folder)):
+            raise SourceError(
+                f"{self.folder} is a version in a cache, which others may use: stage with that cache, or elsewhere"
+            )
         noted = await self._calls.run(lambda: read_journal(self.folder))
         known = dict(noted.whole)
         known |= {file.key: file for file in ready.files} if ready is not None else {}
         replaced = self._options.on_conflict == "replace"
-        there = await self._calls.run(lambda: look(self.folder, listing, known, replace=replaced))
+        there = await self._calls.run(lambda: look(self.folder, listing, known, counts=self._counts, replace=replaced))
         self._adopt(listing, there)
         files = [file for file in listing.files.values() if file.ready is None]
         await self._find_checks(files, listing.listed)
         self._memory = await self._calls.run(lambda: in_memory(self.folder))
+        await self._calls.run(lambda: remove_unfinished(self.folder, but=[file.object.key for file in files]))
         await self._make_room(files)
-        await self._calls.run(lambda: self._begin(files, noted))
+        await self._calls.run(lambda: self._begin(files, noted, known))
         kept = self.recorder.arrived_bytes
         _logger.info(
             "%s: staging %d files into %s, %d of %d bytes are there",
@@ -503,7 +516,7 @@ class Stager:
             raise SourceError("staging was stopped; what has landed is kept")
         self._phase("read")
         await self.source.conclude()
-        await self._calls.run(lambda: self._conclude(listing, known))
+        await self._calls.run(lambda: self._conclude(listing, known, lock))
         self._phase("finish")
 
     async def _find_checks(self, files: list[FileState], listed: dict[str, SourceObject]) -> None:
@@ -512,16 +525,21 @@ class Stager:
             for file in files:
                 file.check = Check(file.object, reason=_SWITCHED_OFF)
             return
-        required = self._reading.verify == "require"
+        verify = self._reading.verify
         wanted = [file.object for file in files]
         async with asyncio.TaskGroup() as group:
             asking = group.create_task(ask_checksums(self._fetcher, wanted, self._tuner.most))
             weights = [object.key for object in wanted if object.key.endswith(".safetensors")]
             finding = group.create_task(find_manifests(self._fetcher, self.recorder, listed, weights))
         kept, said = asking.result(), finding.result()
+        # A CRC is summed up as the bytes land; a SHA-256 only in the end, from the volume.
+        unsummed = [each for each in wanted if isinstance(kept[each.key], str) and each.key not in said]
+        digested = wanted if verify == "sha256" else unsummed
+        sha256s = await ask_sha256s(self._fetcher, digested, self._tuner.most) if digested else {}
         for file in files:
             key = file.object.key
-            file.check = check_for(file.object, said.get(key), kept[key], required=required and is_weights(key))
+            required = verify == "require" and is_weights(key)
+            file.check = check_for(file.object, said.get(key), kept[key], sha256s.get(key), required=required)
 
     async def _make_room(self, files: list[FileState]) -> None:
         """See that there is room before the first byte.
@@ -557,17 +575,18 @@ class Stager:
             return max(0, file.object.size_bytes - status.st_blocks * 512)
         return file.object.size_bytes
 
-    def _begin(self, files: list[FileState], noted: Noted) -> None:
+    def _begin(self, files: list[FileState], noted: Noted, known: dict[str, ReadyFile]) -> None:
         """On a thread: open the unfinished files and the journal; nothing is whole from here on."""
-        remove_ready(self.folder)
         self._journal = Journal(self.folder)
-        # Their unfinished files are about to go. Another version's may lie there when this one is staged again.
+        # What only the marker has said until now: who goes on from here must know these files for ours.
+        kept = [file for key, file in known.items() if file != noted.whole.get(key) and is_as_staged(self.folder, file)]
+        if kept:
+            self._journal.vouch(kept)
+            sync_folder(self.folder)
+        remove_ready(self.folder)
+        # Their unfinished files are gone. Another version's may lie there when this one is staged again.
         for gone in noted.landed.keys() - {file.identity for file in files}:
             self._journal.forget(gone, 0, sys.maxsize)
-        mine = {unfinished_name(file.object.key) for file in files}
-        for name in os.listdir(self.folder):
-            if is_unfinished(name) and name not in mine:
-                os.unlink(os.path.join(self.folder, name))
         for file in files:
             pieces = noted.landed.get(file.identity, [])
             assert file.check is not None
@@ -585,12 +604,21 @@ class Stager:
             file.pending = {piece.start: piece for piece in cut}
             file.missing = len(file.pending)
 
-    def _conclude(self, listing: Listing, known: dict[str, ReadyFile]) -> None:
-        """On a thread: remove what an older version had beyond this one, and write the marker."""
+    def _conclude(self, listing: Listing, known: dict[str, ReadyFile], lock: FileLock) -> None:
+        """On a thread: remove what an older version had beyond this one, and write the marker.
+
+        Raises:
+            SourceError: The files are not what was staged.
+        """
+        files = [file.ready for file in self._files.values() if file.ready is not None]
+        if not lock.counts:
+            raise SourceError("the lock on this folder was removed meanwhile; nothing is marked as whole")
+        for file in files:
+            if not is_as_staged(self.folder, file):
+                raise SourceError("this was changed or removed since it was staged, a moment ago", object=file.key)
         for key, said in known.items():
             if key not in self._files and is_as_staged(self.folder, said):
                 os.unlink(os.path.join(self.folder, key))
-        files = [file.ready for file in self._files.values()]
         write_ready(
             self.folder,
             Ready(
@@ -598,7 +626,7 @@ class Stager:
                 digest=listing.digest,
                 include=self._options.include,
                 exclude=self._options.exclude,
-                files=tuple(file for file in files if file is not None),
+                files=tuple(files),
                 index=listing.index,
                 shards=listing.shards,
             ),

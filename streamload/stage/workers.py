@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
-from streamload.checksums import Algorithm, combined
-from streamload.errors import StreamloadError
+from streamload.checksums import Algorithm, Sha256, combined
+from streamload.errors import ChecksumError, SourceError, StreamloadError
 from streamload.loan import Loan
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.concurrency import ConcurrencyTuner
@@ -138,13 +141,11 @@ class Workers:
         start, end = piece.start, piece.end
         check, staged = file.check, file.staged
         if piece.noted is not None and (sums := await self._calls.run(lambda: _sums_of(staged, check, piece, memory))):
-            self._compare(file, start, sums)
+            await self._compare(file, start, sums)
         else:
             if piece.noted is not None:
                 # Who has read it under another process may have read what is replaced now.
-                self._journal.forget(file.identity, start, end)
-                self._journal.stamp(file.identity, file.stamps[-1])
-                del file.stamps[:-1]
+                await self._calls.run(lambda: self._begin_anew(file, start, end))
             # What is noted and wrong may be longer than what is read at once now.
             for at in range(start, end, memory.nbytes):
                 await self._fetch(file, at, min(end, at + memory.nbytes), memory, lane)
@@ -168,7 +169,7 @@ class Workers:
             running = check.running(start)
             running.add(view)
         sums = running.sums()
-        self._compare(file, start, sums)
+        await self._compare(file, start, sums)
         await self._calls.run(lambda: self._put(file, start, view, sums), file.object.key)
 
     def _note_landed(self, file: FileState, start: int, end: int) -> None:
@@ -179,14 +180,26 @@ class Workers:
             if not waiter[2].done():
                 waiter[2].set_result(None)
 
-    def _compare(self, file: FileState, start: int, sums: list[tuple[int, int]]) -> None:
+    def _begin_anew(self, file: FileState, start: int, end: int) -> None:
+        """On a thread: what was noted of a range does not count, nor what readers knew the file by."""
+        self._journal.forget(file.identity, start, end)
+        self._journal.stamp(file.identity, file.stamps[-1])
+        del file.stamps[:-1]
+
+    async def _compare(self, file: FileState, start: int, sums: list[tuple[int, int]]) -> None:
         assert file.check is not None
         try:
             file.check.add(start, sums)
         except StreamloadError as error:
             # Some of the stretch may be noted as landed, and any of it may be what is wrong.
-            self._journal.forget(file.identity, error.start or 0, error.end or file.object.size_bytes)
+            await self._forget(file, error.start or 0, error.end or file.object.size_bytes)
             raise
+
+    async def _forget(self, file: FileState, start: int, end: int) -> None:
+        """What is noted of a range is wrong."""
+        # Where that cannot be noted, the next run finds out once more; the error that counts is what was wrong.
+        with suppress(SourceError):
+            await self._calls.run(lambda: self._journal.forget(file.identity, start, end), file.object.key)
 
     def _put(self, file: FileState, start: int, view: memoryview, sums: list[tuple[int, int]]) -> None:
         """On a thread: write a piece, then note it."""
@@ -201,6 +214,8 @@ class Workers:
         assert file.check is not None
         check = file.check
         whole = str(check.whole())
+        if check.sha256 is not None:
+            await self._compare_sha256(file, check.sha256)
         file.ready = await self._calls.run(lambda: self._publish(file, whole), file.object.key)
         if check.by is not None:
             self._recorder.verified(file.object.size_bytes, _what(check.by))
@@ -219,6 +234,36 @@ class Workers:
         # Before the marker vouches for it, but after everybody knows the name: under its old one nobody finds it now.
         assert file.staged is not None
         await self._calls.run(file.staged.sync_name, file.object.key)
+
+    async def _compare_sha256(self, file: FileState, expected: Sha256) -> None:
+        """Read a file from the volume in its order, in which it has not come, and compare.
+
+        Raises:
+            ChecksumError: It is not what the store says that it is.
+        """
+        assert file.staged is not None
+        staged = file.staged
+        await self._budget.acquire(self._read_bytes)
+        try:
+            memory = memoryview(mmap.mmap(-1, self._read_bytes))
+            start = 0
+            for end, wanted in zip(expected.ends, expected.digests, strict=True):
+                digest, began = hashlib.sha256(), start
+                while start < end:
+                    # In short calls: what is cancelled waits for the one that is under way.
+                    view = memory[: min(memory.nbytes, end - start)]
+                    await self._calls.run(partial(_digest, digest, staged, view, start), file.object.key)
+                    start += view.nbytes
+                if digest.digest() != wanted:
+                    await self._forget(file, began, end)
+                    raise ChecksumError(
+                        f"what was read has the SHA-256 {digest.hexdigest()}, but the store's is {wanted.hex()}",
+                        object=file.object.key,
+                        start=began,
+                        end=end,
+                    )
+        finally:
+            self._budget.give_back(self._read_bytes)
 
     def _publish(self, file: FileState, whole: str) -> ReadyFile:
         staged, check = file.staged, file.check
@@ -241,9 +286,15 @@ class Workers:
             tuple(file.stamps),
         )
         self._journal.whole(ready)
-        staged.close()
         staged.publish()
         return ready
+
+
+def _digest(digest: hashlib._Hash, file: StagedFile, view: memoryview, start: int) -> None:
+    """On a thread: sum up a piece, from the volume."""
+    if not file.read(view, start):
+        raise SourceError("the unfinished file was truncated")
+    digest.update(view)
 
 
 def _sums_of(file: StagedFile, check: Check, piece: Piece, memory: memoryview) -> list[tuple[int, int]]:

@@ -51,6 +51,24 @@ def test_cancel_reaches_the_coroutine_and_its_cleanup_runs() -> None:
     engine.post(print)
 
 
+def test_a_loop_that_does_not_close_keeps_nobody() -> None:
+    """That of uvloop waits for a name server, asyncio's for its threads; what was asked for is there already."""
+    release = threading.Event()
+
+    async def main() -> int:
+        asyncio.get_running_loop().run_in_executor(None, release.wait)
+        return 5
+
+    try:
+        assert run_in_thread(main) == 5
+    finally:
+        release.set()
+    for thread in threading.enumerate():
+        if thread.name == "streamload-engine":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def test_an_interrupt_while_it_starts_leaves_no_thread() -> None:
     main_thread, interrupted, cleaned = threading.get_ident(), threading.Event(), threading.Event()
 

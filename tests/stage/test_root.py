@@ -15,6 +15,7 @@ import pytest
 
 import streamload
 from streamload.errors import SourceError
+from streamload.sources.local import LocalSource
 from streamload.stage.locks import FileLock
 from tests.cli.programs import TIMEOUT_S
 from tests.stage.models import PIECE, names, same, shard_of, source_of
@@ -77,6 +78,32 @@ def test_a_volume_that_is_read_only(source: Path, tmp_path: Path) -> None:
         assert _stage(source, volume).state == "present"
 
 
+def test_a_cache_that_is_read_only(source: Path, tmp_path: Path) -> None:
+    with _mounted(tmp_path / "volume", "size=20M") as volume:
+        subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+        with pytest.raises(SourceError, match="EROFS"):
+            streamload.stage_checkpoint(source, tmp_path / "link", cache=str(volume))
+        subprocess.run(["mount", "-o", "remount,rw", volume], check=True)
+        streamload.stage_checkpoint(source, None, cache=str(volume))
+        subprocess.run(["mount", "-o", "remount,ro", volume], check=True)
+        assert streamload.stage_checkpoint(source, tmp_path / "link", cache=str(volume)).state == "present"
+        assert same(source, tmp_path / "link")
+
+
+def test_nothing_is_marked_below_a_volume_that_vanishes_last(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _mounted(tmp_path / "volume", "size=20M") as volume:
+
+        async def vanish(self: LocalSource) -> None:
+            subprocess.run(["umount", "--lazy", volume], check=False)  # noqa: ASYNC221
+
+        monkeypatch.setattr(LocalSource, "conclude", vanish)
+        with pytest.raises(SourceError, match="the lock on this folder was removed"):
+            _stage(source, volume)
+        assert os.listdir(volume) == []
+
+
 def test_a_volume_that_vanishes(source: Path, tmp_path: Path) -> None:
     with _mounted(tmp_path / "volume", "size=20M") as volume:
 
@@ -110,10 +137,17 @@ def test_another_users_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
-    os.chmod("lock", 0o644)
+    os.utime("lock", (1, 1))
     assert not taken_by_nobody()
     ours.release()
     assert taken_by_nobody()
+    # And note their use.
+    assert os.stat("lock").st_mtime > 1
+    os.chmod("lock", 0o644)
+    os.utime("lock", (1, 1))
+    # One that an older version has made can be locked, though not noted on.
+    assert taken_by_nobody()
+    assert os.stat("lock").st_mtime == 1
 
 
 class _Container:

@@ -186,6 +186,11 @@ def _device(options: LoadOptions) -> Iterator[Finding]:
         torch = import_module("torch")
     # Whatever an installation that is broken comes up with: a library that is not there, one that does not fit.
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            # As in the image of an init container.
+            note = "inspect, stage and serve need none; to load tensors: pip install 'streamload[torch]'"
+            yield Finding("device", "torch", "not installed", note, ok=options.device == "cpu")
+            return
         missing = MissingDependencyError(f"{type(error).__name__}: {error}")
         yield Finding("device", "torch", "cannot be imported", _line(missing), ok=False)
         return

@@ -47,6 +47,8 @@ _PREFIX = "STREAMLOAD_"
 # How like an option's name a variable's must be to be taken for it, misspelt. Others are not ours: Kubernetes sets some
 # for a service that is called streamload.
 _ALIKE = 0.65
+# Variables that are no options of loads, but of staging, of a sidecar and of vLLM's plugin.
+_OF_OTHERS = ("STAGE_", "SERVE_", "VLLM_")
 _PROXY_VARIABLES = ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
 
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,4})?")
@@ -465,6 +467,8 @@ def _warn_of_misspelt(environment: Mapping[str, str]) -> None:
     names = [name.upper() for name in _FROM_ENVIRONMENT]
     for variable in environment:
         name = variable.removeprefix(_PREFIX)
+        if name.startswith(_OF_OTHERS):
+            continue
         if name != variable and name not in names and (alike := get_close_matches(name.upper(), names, 1, _ALIKE)):
             _logger.warning("%s is no option, and is ignored: is %s meant?", variable, _PREFIX + alike[0])
 

@@ -168,8 +168,18 @@ class TestDevice:
     def test_without_torch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "torch", None)
         found = _find(streamload.doctor(), "device", "torch")
+        assert (found.value, found.ok) == ("not installed", True)
+        assert "stage and serve need none" in found.note
+        assert not _find(streamload.doctor(device="cuda"), "device", "torch").ok
+
+    def test_a_torch_that_is_broken(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torch"]:
+            monkeypatch.delitem(sys.modules, name)
+        (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so: cannot open shared object file')")
+        monkeypatch.syspath_prepend(tmp_path)
+        found = _find(streamload.doctor(), "device", "torch")
         assert (found.value, found.ok) == ("cannot be imported", False)
-        assert "ModuleNotFoundError" in found.note
+        assert "libtorch.so" in found.note
 
     def test_without_a_gpu(self, torch: SimpleNamespace) -> None:
         found = _find(streamload.doctor(), "device", "cuda")

@@ -269,6 +269,8 @@ class TestResolve:
             ("STREAMLOAD_PORT_80_TCP_ADDR", None),
             ("STREAMLOADER_ORDER", None),
             ("STREAMLOAD_ORDER", None),
+            ("STREAMLOAD_STAGE_INCLUDE", None),
+            ("STREAMLOAD_SERVE_SOURCE", None),
         ],
     )
     def test_misspelt_variables_are_told(

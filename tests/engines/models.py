@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["Llama", "Mixtral", "Qwen2"]
+__all__ = ["Fp8", "Gptq", "Int8", "Llama", "Mixtral", "Qwen2"]
 
 _LAYERS = 2
 _QUERY_HEADS = 4
 _EXPERTS = 4
+# As many rows of a matrix share a scale of GPTQ's, and so many of its numbers are in one of 32 bits.
+_GROUP = 32
+_PACKED = 8
 
 
 @dataclass(frozen=True)
@@ -137,3 +140,92 @@ class Mixtral(Llama):
                 shapes[f"block_sparse_moe.experts.{expert}.{name}.weight"] = shape
             shapes[f"block_sparse_moe.experts.{expert}.w3.weight"] = (self.intermediate, self.hidden)
         return shapes
+
+
+@dataclass(frozen=True)
+class _Quantized(Llama):
+    """With linear layers whose weights have fewer bits, and tensors beside them that say what these mean."""
+
+    def weights(self, seed: int = 5) -> dict[str, torch.Tensor]:
+        weights: dict[str, torch.Tensor] = {}
+        for name, tensor in super().weights(seed).items():
+            layer, linear, _ = name.rpartition("_proj.weight")
+            weights |= self._quantized(f"{layer}_proj", tensor) if linear else {name: tensor}
+        return weights
+
+    def _config(self) -> dict[str, Any]:
+        return super()._config() | {"quantization_config": self._quantization()}
+
+    def _quantization(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _quantized(self, layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+def _compressed(kind: str, strategy: str, inputs: str) -> dict[str, Any]:
+    """What compressed-tensors writes into a config."""
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": common | {"strategy": strategy, "dynamic": False},
+        "input_activations": common | {"strategy": inputs, "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": f"{kind}-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
+@dataclass(frozen=True)
+class Int8(_Quantized):
+    """By compressed-tensors: eight bits, and a scale for each row."""
+
+    def _quantization(self) -> dict[str, Any]:
+        return _compressed("int", "channel", "token")
+
+    def _quantized(self, layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+        return {f"{layer}.weight": (weight / scale).round().to(torch.int8), f"{layer}.weight_scale": scale}
+
+
+@dataclass(frozen=True)
+class Fp8(_Quantized):
+    """By compressed-tensors: eight bits with an exponent, and a scale for each matrix, of which vLLM joins three."""
+
+    def _quantization(self) -> dict[str, Any]:
+        return _compressed("float", "tensor", "tensor")
+
+    def _quantized(self, layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = weight.float().abs().amax().reshape(1) / 448
+        return {f"{layer}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{layer}.weight_scale": scale}
+
+
+@dataclass(frozen=True)
+class Gptq(_Quantized):
+    """By GPTQ: four bits, eight numbers of a column in one of 32 bits, and a scale for each group of rows."""
+
+    def _quantization(self) -> dict[str, Any]:
+        return {"quant_method": "gptq", "bits": 4, "group_size": _GROUP, "sym": True, "desc_act": False}
+
+    def _quantized(self, layer: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.float().t().reshape(weight.shape[1] // _GROUP, _GROUP, weight.shape[0])
+        scales = groups.abs().amax(dim=1) / 7
+        numbers = ((groups / scales[:, None]).round() + 8).to(torch.int64).reshape(weight.shape[1], weight.shape[0])
+        return {
+            f"{layer}.qweight": _packed(numbers.t()).t().contiguous(),
+            f"{layer}.qzeros": _packed(torch.full_like(scales, 7, dtype=torch.int64)),
+            f"{layer}.scales": scales.to(weight.dtype),
+            f"{layer}.g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // _GROUP,
+        }
+
+
+def _packed(numbers: torch.Tensor) -> torch.Tensor:
+    """Numbers of four bits, eight of a row in each of the result's."""
+    shifts = torch.arange(_PACKED) * 4
+    parts = numbers.reshape(numbers.shape[0], -1, _PACKED) << shifts
+    # As one of 32 bits with a sign.
+    return parts.sum(dim=-1).to(torch.int32)

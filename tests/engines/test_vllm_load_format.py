@@ -20,13 +20,14 @@ import streamload
 from streamload.units import format_bytes
 from streamload.vllm import register
 from tests.checkpoints import same_tensor
-from tests.engines.models import Llama, Mixtral, Qwen2
+from tests.engines.models import Fp8, Gptq, Int8, Llama, Mixtral, Qwen2
 from tests.engines.ranks import Rank
 
 _SIZE = dist.get_world_size()
 _TP = Rank(tp_size=_SIZE, pp_size=1)
 _PP = Rank(tp_size=1, pp_size=_SIZE)
 _MODELS = {"llama": Llama(), "qwen2": Qwen2(), "mixtral": Mixtral()}
+_QUANTIZED = {"int8": Int8(), "fp8": Fp8(), "gptq": Gptq()}
 # Those that load an ordinary checkpoint.
 _MODES = ["whole", "sliced"]
 # Alive until the last test: the first engine that goes takes the ranks' groups along.
@@ -104,6 +105,24 @@ def test_every_parameter_is_vllms_own(model: Llama, mode: str, ranks: Rank, shar
         ranks.loaded(folder, "streamload", mode=mode).state_dict(),
         ranks.loaded(folder).state_dict(),
     )
+
+
+@pytest.mark.parametrize("name", _QUANTIZED)
+def test_every_parameter_of_a_quantized_model(name: str, mode: str, ranks: Rank, shared: Path) -> None:
+    folder = written(_QUANTIZED[name], shared / "model")
+    ranks.join(folder)
+    expected = ranks.loaded(folder)
+    assert {torch.int8, torch.float8_e4m3fn, torch.int32} & {tensor.dtype for tensor in expected.state_dict().values()}
+    check(ranks.loaded(folder, "streamload", mode=mode).state_dict(), expected.state_dict())
+
+
+def test_an_engine_with_a_quantized_model_generates_the_same(shared: Path) -> None:
+    folder = written(Int8(), shared / "model")
+    _TP.join(folder)
+    expected = generated(folder, "auto")
+    assert len(set(expected)) > 1
+    for mode in _MODES:
+        assert generated(folder, "streamload", mode=mode) == expected
 
 
 def test_a_rank_reads_its_slices(model: Llama, shared: Path, log: Callable[[], list[str]]) -> None:

@@ -77,7 +77,8 @@ def load_into(
         report = into.run()
         if others is not None:
             deadline_s = into.load.options.deadline_s
-            others.finish(None if deadline_s is None else max(0.0, deadline_s - report.seconds))
+            left_s = None if deadline_s is None else max(0.0, deadline_s - report.seconds)
+            others.finish(left_s, versions=into.load.versions)
     except BaseException as error:
         if isinstance(error, StreamloadError):
             error.locate(uri=scrub_uri(os.fspath(uri)))

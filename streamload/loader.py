@@ -158,6 +158,8 @@ class Load:
         self.options = options
         self._accept = accept
         self._interruption: BaseException | None = None
+        #: Of what is read, by the objects' keys, where a version means the same on every machine.
+        self.versions: dict[str, str] = {}
         self.handoff = Handoff(in_order=options.order == "file")
         self.opened: Future[Plan] = Future()
         self.opened.set_running_or_notify_cancel()  # whoever waits for it and is cancelled must not cancel it
@@ -228,6 +230,8 @@ class Load:
                     headers = Hedger(source, budget, recorder, policy=HedgePolicy(least_siblings=3), pace=pace)
                     fetcher = Fetcher(source, recorder, pace=pace, hedger=headers if source.hedged else None)
                     planned = await self._plan(source, fetcher)
+                    if source.shared_versions:
+                        self.versions = {key: object.version for key, object in planned.objects.items()}
                     await self._flow(planned, budget, pace)
             finally:
                 self.engine.ignore_cancel()

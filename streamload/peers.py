@@ -8,6 +8,7 @@ keys in the store of the default process group are set and looked at, never wait
     failure     who failed first, and with what          rank/R     who rank R is, from the moment it takes part
     done        how many have loaded everything          alive/R    counts up while rank R is there
     seen        how many know of the failure             left       how many have seen that all have loaded everything
+    version/K   which version of object K is read
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamload.errors import DeadlineError, PeerError, StreamloadError
+from streamload.errors import DeadlineError, ObjectChangedError, PeerError, StreamloadError
 from streamload.sinks.dtypes import require_torch
 from streamload.units import format_seconds
 
@@ -137,19 +138,23 @@ class Peers:
         if error is not None:
             call(error)
 
-    def finish(self, timeout_s: float | None = None) -> None:
+    def finish(self, timeout_s: float | None = None, *, versions: Mapping[str, str] | None = None) -> None:
         """Wait until every rank has loaded everything.
 
         Args:
             timeout_s: After how long to give up; None: after the process group's own timeout.
+            versions: What this rank has read, by the objects' keys: each rank has found it by itself, and half a model
+                of one version and half of another would be no error of either.
 
         Raises:
+            ObjectChangedError: Another rank has read another version.
             PeerError: A rank failed, is gone, or did not come.
             DeadlineError: It took longer than `timeout_s`.
         """
         limit_s = _timeout_s(self._store) if timeout_s is None else timeout_s
         give_up_s = time.monotonic() + limit_s
         try:
+            self._compare(versions or {})
             self._store.set(self._key(f"done/{self._rank}"), "1")
             self._store.add(self._key("done"), 1)
             wait_s = _LEAST_WAIT_S
@@ -171,6 +176,14 @@ class Peers:
         if self._rank == 0:
             # It holds the store, as a rule: the others must have seen that all is done before it may end.
             self._linger("left", self._size)
+
+    def _compare(self, versions: Mapping[str, str]) -> None:
+        for key, version in versions.items():
+            # Who comes first says which one it is.
+            found = self._store.compare_set(self._key(f"version/{key}"), "", version)
+            first = found.decode() if isinstance(found, bytes) else found
+            if first != version:
+                raise ObjectChangedError(f"another rank has read version {first}; this one, {version}", object=key)
 
     def failed(self, error: BaseException) -> None:
         """Tell the others that this rank's load has failed, and stay until they know, for a few seconds at most."""

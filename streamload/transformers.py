@@ -147,7 +147,8 @@ def from_pretrained(
         model = _load(load, model_class, dtype, distributed, allow_missing, arguments)
         report = load.recorder.report()
         if others is not None:
-            others.finish(None if resolved.deadline_s is None else max(0.0, resolved.deadline_s - report.seconds))
+            left_s = None if resolved.deadline_s is None else max(0.0, resolved.deadline_s - report.seconds)
+            others.finish(left_s, versions=load.versions)
     except BaseException as raised:
         error = raised
         if load is not None:

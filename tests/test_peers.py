@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from streamload import peers
-from streamload.errors import DeadlineError, PeerError
+from streamload.errors import DeadlineError, ObjectChangedError, PeerError, StreamloadError
 from streamload.peers import Peers
 from tests.ranks import Task
 
@@ -216,6 +217,30 @@ def together() -> Iterator[Callable[..., list[Peers]]]:
 
 def test_all_finish_together(together: Callable[..., list[Peers]]) -> None:
     assert run_all(*[each.finish for each in together(5)]) == [None] * 5
+
+
+def test_all_have_read_the_same_versions(together: Callable[..., list[Peers]]) -> None:
+    """A branch of the Hub's may move between the moments at which two ranks look."""
+    ranks = together(3)
+    read = [{"a": "1", "b": "1"}, {"b": "1", "c": "1"}, {"c": "2", "a": "1"}]
+
+    def end(rank: Peers, versions: dict[str, str]) -> None:
+        try:
+            rank.finish(versions=versions)
+        except StreamloadError as error:
+            rank.failed(error)
+            raise
+
+    results = run_all(*[partial(end, *each) for each in zip(ranks, read, strict=True)])
+    (error,) = [result for result in results if isinstance(result, ObjectChangedError)]
+    assert error.object == "c"
+    assert "another rank has read version" in error.cause
+    assert sum(isinstance(result, PeerError) for result in results) == 2
+
+
+def test_who_has_read_the_same_finishes(together: Callable[..., list[Peers]]) -> None:
+    read = [{"a": "1", "b": "1"}, {"b": "1"}]
+    assert run_all(*[partial(r.finish, versions=v) for r, v in zip(together(2), read, strict=True)]) == [None] * 2
 
 
 def test_the_first_failure_is_what_the_others_hear(together: Callable[..., list[Peers]]) -> None:

@@ -176,13 +176,17 @@ def run_in_thread(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
             result.set_exception(first_error(error))
 
     engine = Engine(body)
+    # Where its loop cannot be made, the coroutine never runs.
+    either: list[Future[Any]] = [result, engine.finished]
     try:
         engine.start()
+        wait(either, return_when=FIRST_COMPLETED)
+        if not result.done():
+            engine.finished.result()
         return result.result()
     finally:
         engine.cancel()
         if engine.started:
-            either: list[Future[Any]] = [result, engine.finished]
             wait(either, return_when=FIRST_COMPLETED)
         engine.join(_CLOSE_GRACE_S)
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from streamload.errors import MemoryLimitError
+from streamload.errors import MemoryLimitError, SourceError
 from streamload.loan import Loan
 from streamload.pipeline.budget import Budget
 from streamload.pipeline.concurrency import ConcurrencyTuner
@@ -112,6 +112,7 @@ class Pipeline:
 
         Raises:
             MemoryLimitError: The limit is strict, and smaller than a tensor.
+            SourceError: The source or the sink has cancelled what it was asked for.
             BaseExceptionGroup: The TaskGroup's, the first error first.
         """
         if self._strict:
@@ -119,6 +120,9 @@ class Pipeline:
         try:
             async with asyncio.TaskGroup() as group:
                 self._staff(group)
+            if self._open or not self._all_begun:
+                # A task that ends as cancelled ends a TaskGroup's block without an error, whoever has cancelled it.
+                raise SourceError("a read was cancelled, and nobody here has asked for that")
             self._starved = True
             self._settle()
             while self._untaken:

@@ -47,6 +47,7 @@ class Source(ABC):
         most_concurrency: How many there may be where more of them bring more; None where `concurrency` is the best.
         lists_folders: Whether `list` shows all that is there; else only what says what else is there.
         hedged: Whether a read that is late should be asked for a second time.
+        shared_versions: Whether an object has the same version for whoever asks, on whatever machine.
         congruence_bytes: Reads are fastest into addresses that are congruent to the bytes' place in the object modulo
             this power of two; 1 where it makes no difference.
         companions: Whether what lies beside an object, such as a manifest, is of the version that is read.
@@ -64,6 +65,7 @@ class Source(ABC):
     most_concurrency: ClassVar[int | None] = None
     lists_folders: ClassVar[bool] = True
     hedged: ClassVar[bool] = False
+    shared_versions: ClassVar[bool] = False
     congruence_bytes: ClassVar[int] = 1
 
     def __init__(self, uri: str) -> None:

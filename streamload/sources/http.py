@@ -66,6 +66,7 @@ class HttpSource(Source):
     most_concurrency: ClassVar[int | None] = 32
     lists_folders: ClassVar[bool] = False
     hedged: ClassVar[bool] = True
+    shared_versions: ClassVar[bool] = True
 
     def __init__(
         self,

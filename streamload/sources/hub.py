@@ -89,6 +89,7 @@ class HubSource(Source):
     concurrency: ClassVar[int] = 8
     most_concurrency: ClassVar[int | None] = 64
     hedged: ClassVar[bool] = True
+    shared_versions: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -115,6 +116,9 @@ class HubSource(Source):
             download_dir=download_dir,
         )
         self._cached = cache
+        # What a read has brought goes into the cache, and is compared there; one that is asked for twice and cancelled
+        # when it is nearly done would leave that to nobody.
+        self.hedged = not cache  # type: ignore[misc]
         self._timeouts = (connect_timeout_s, read_timeout_s)
         self._grace_s = grace_s
         self._threads = DaemonExecutor(_THREADS, name="streamload-hub")
@@ -193,15 +197,16 @@ class HubSource(Source):
         }
 
     async def aclose(self) -> None:
-        opened, self._opened = self._opened, None
         try:
-            if opened is not None and opened.writer is not None:
-                opened.writer.stop()
+            if self._opened is not None and self._opened.writer is not None:
+                self._opened.writer.stop()
             await self._operations.close()
         finally:
+            # Only now: an operation that was under way may have opened it.
+            opened, self._opened = self._opened, None
             try:
                 if opened is not None:
-                    await opened.aclose(self._threads)
+                    await opened.aclose(self._threads, self._grace_s)
             finally:
                 await self._end_threads()
 
@@ -369,11 +374,17 @@ class _Opened:
             resource = self._resources[file.path] = Resource(self.snapshot.url(file))
         return resource
 
-    async def aclose(self, threads: DaemonExecutor) -> None:
-        """Close everything; what was read whole becomes a snapshot in the cache."""
+    async def aclose(self, threads: DaemonExecutor, grace_s: float) -> None:
+        """Close everything; what was read whole becomes a snapshot in the cache, unless the disk hangs."""
         try:
             if self.writer is not None:
-                await ThreadCall(threads, self.writer.close).result()
+                call = ThreadCall(threads, self.writer.close)
+                try:
+                    async with asyncio.timeout(grace_s):
+                        await call.result()
+                except TimeoutError:
+                    call.take_back()
+                    _log.warning("%s: the cache does not answer, and is left as it is", self.snapshot.folder)
         finally:
             try:
                 if self.client is not None:

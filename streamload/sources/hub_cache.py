@@ -51,10 +51,10 @@ class CacheWriter:
         self._stopped = False
 
     def use(self, file: HubFile) -> None:
-        """Note that a file is part of what is read; one that is cached already is whole."""
-        with self._lock:
-            if file.cached is not None:
-                self._whole[file.path] = file
+        """Note that a file is part of what is read; one that is cached already is whole. Does not block."""
+        # Without the lock, which is held while the disk is waited for: this is called on an event loop.
+        if file.cached is not None:
+            self._whole[file.path] = file
 
     def write(self, file: HubFile, start: int, views: Sequence[memoryview]) -> bool:
         """Write bytes of a file. Returns whether it has all of them now: then `finish` it.
@@ -154,7 +154,7 @@ class CacheWriter:
 
     def _publish(self) -> None:
         snapshot = self._snapshot
-        for file in self._whole.values():
+        for file in list(self._whole.values()):
             link = os.path.join(self._folder("snapshots", snapshot.commit), *file.path.split("/"))
             os.makedirs(os.path.dirname(link), exist_ok=True)
             if not os.path.exists(link):

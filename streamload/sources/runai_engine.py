@@ -153,8 +153,12 @@ class Engine:
                 raise SourceError("Run:ai's engine was in use before this process was forked; spawn processes instead")
             cls._process = os.getpid()
             if cls._current is None:
-                cls._current = cls()
-                cls._current._thread.start()
+                engine = cls()
+                try:
+                    engine._thread.start()
+                except RuntimeError as error:
+                    raise SourceError(f"no thread can be started for Run:ai's engine: {error}") from error
+                cls._current = engine
             cls._current._users += 1
             return cls._current
 

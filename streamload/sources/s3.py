@@ -104,6 +104,7 @@ class S3Source(Source):
     # What a link of 50 Gbit/s takes.
     most_concurrency: ClassVar[int | None] = 64
     hedged: ClassVar[bool] = True
+    shared_versions: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -176,6 +176,9 @@ class SidecarSource(LocalSource):
                 async with self._operations.running():
                     said = await self._client.ask("POST", RANGE, known.asked(start=start, end=end))
                 known.take(said, uri=self.uri)
+                if not known.has(start, end):
+                    # What has not landed reads as zeros.
+                    raise SourceError("the sidecar's answer makes no sense", uri=self.uri, object=object.key)
             self._used[object.key, object.version] = known
             path = known.path
             try:

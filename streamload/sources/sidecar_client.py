@@ -21,6 +21,7 @@ PATIENCE_S = 60.0
 _LOOK_AGAIN_S = 0.05
 # Who hears nothing for three times as long as an answer takes at most asks one that hangs.
 _SILENT_S = 3 * ASK_AGAIN_S
+_AT_ONCE_S = 5.0
 # Some 300 bytes for each file.
 _MAX_ANSWER_BYTES = 64 << 20
 
@@ -77,9 +78,14 @@ class SidecarClient:
         loop = asyncio.get_running_loop()
         patience_s = self._patience_s if patience_s is None else patience_s
         silent_since: float | None = None
+        # Who is not patient at all asks what is answered at once.
+        limit_s = _SILENT_S if patience_s > 0 else _AT_ONCE_S
         while True:
+            asked_s = loop.time()
             try:
-                status, answer = await self._request(method, path, body)
+                status, answer = await self._request(method, path, body, limit_s)
+            except SourceError:  # an OSError, too
+                raise
             except PermissionError as error:
                 raise AccessError(
                     f"its socket refuses: {error.strerror} (--socket-mode and --socket-group of streamload serve say "
@@ -88,9 +94,8 @@ class SidecarClient:
                 ) from error
             except (OSError, EOFError) as error:
                 # It has not begun yet, or crashed, or hangs.
-                now = loop.time()
-                silent_since = now if silent_since is None else silent_since
-                if now - silent_since >= patience_s:
+                silent_since = asked_s if silent_since is None else silent_since
+                if loop.time() - silent_since >= patience_s:
                     text = "it hangs up" if isinstance(error, EOFError) else error.strerror or type(error).__name__
                     raise SourceError(f"no sidecar answers: {text}", uri=self._uri) from error
                 await asyncio.sleep(_LOOK_AGAIN_S)
@@ -107,7 +112,9 @@ class SidecarClient:
             if status != 202:
                 raise error_from(answer.get("error"), uri=self._uri)
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
+    async def _request(
+        self, method: str, path: str, body: dict[str, Any] | None, limit_s: float
+    ) -> tuple[int, dict[str, Any]]:
         """Ask once.
 
         Raises:
@@ -120,7 +127,7 @@ class SidecarClient:
         # The host is no address, only what HTTP wants to be named.
         asked = f"{method} {path} HTTP/1.1\r\nHost: sidecar\r\nConnection: close\r\n"
         asked += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-        async with asyncio.timeout(_SILENT_S):
+        async with asyncio.timeout(limit_s):
             reader, writer = await asyncio.open_unix_connection(self._path, limit=MAX_HEAD_BYTES)
             try:
                 writer.write(asked.encode() + content)

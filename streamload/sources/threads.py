@@ -11,6 +11,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from streamload.errors import SourceError
+
 __all__ = ["DaemonExecutor", "Handed", "ThreadCall"]
 
 P = ParamSpec("P")
@@ -26,7 +28,8 @@ class DaemonExecutor(Executor):
     process alive. These threads are daemons: they end at `shutdown`, or with the process if the kernel holds them.
 
     Args:
-        max_workers: How many threads there may be. Each submission starts another one until there are so many.
+        max_workers: How many threads there may be. Each submission starts another one until there are so many, or
+            until the system has no more.
         name: What their names begin with.
         join_s: How long `shutdown` waits for them where it is asked to wait, in seconds.
     """
@@ -60,13 +63,19 @@ class DaemonExecutor(Executor):
         with self._lock:
             if self._shut_down:
                 raise RuntimeError("the executor was shut down")
-            self._jobs.put((future, fn))
             if len(self._threads) < self._max_workers:
                 name = f"{self._name}-{len(self._threads)}"
                 thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._threads.append(thread)
-                self._working += 1
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    # There may be no more; those that there are do. What was not begun must not be in the queue.
+                    if not self._threads:
+                        raise SourceError(f"no thread can be started: {error}") from error
+                else:
+                    self._threads.append(thread)
+                    self._working += 1
+            self._jobs.put((future, fn))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls and let the threads end once the queue is empty.

@@ -512,7 +512,8 @@ class Stager:
         for key, start, end in self._wanted:
             self._workers.want(self._files[key], start, end)
         await self._workers.bring(files)
-        if self._workers.stopped and any(file.ready is None for file in files):
+        if any(file.ready is None for file in files):
+            # Stopped; or a task has ended as cancelled, which ends a TaskGroup's block without an error.
             raise SourceError("staging was stopped; what has landed is kept")
         self._phase("read")
         await self.source.conclude()

@@ -169,11 +169,16 @@ class Connection(asyncio.BufferedProtocol):
         return self._views[0] if self._state is _State.BODY else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._heard_s = self._loop.time()
+        # A head, or an error's explanation, comes in one go: who sends it byte by byte is as good as silent.
+        if self._state is _State.BODY:
+            self._heard_s = self._loop.time()
+        before = self._state
         try:
             self._receive(nbytes)
         except Exception as error:  # of `place` or `landed`, which may raise what they like
             self._fail(error)
+        if self._state is not before:
+            self._heard_s = self._loop.time()
 
     def eof_received(self) -> bool:
         if self._state is _State.ERROR and self._error_body is not None:

@@ -14,6 +14,9 @@ __all__ = ["LoopThread"]
 
 T = TypeVar("T")
 
+# How long to wait for a loop to close on which nothing runs any more.
+_CLOSE_GRACE_S = 0.5
+
 
 class LoopThread:
     """Runs coroutines for the event loop on which it is made, on a loop of the same kind and a daemon thread.
@@ -38,6 +41,7 @@ class LoopThread:
         self._closing = False
         self._started = threading.Event()
         self._stop: asyncio.Event
+        self._quiet = asyncio.Event()  # nothing runs there any more
         self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -87,9 +91,14 @@ class LoopThread:
         if not self._closing and self._loop is not None:
             self._closing = True
             self._loop.call_soon_threadsafe(self._stop.set)
-        await self._ended.wait()
-        # The thread has only its last instructions before it.
-        self._thread.join()
+        await self._quiet.wait()
+        # All that is left is to close the loop, for which uvloop waits for names that are being looked up: ten seconds
+        # and longer, where the name server does not answer.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_GRACE_S):
+                await self._ended.wait()
+            # The thread has only its last instructions before it.
+            self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -99,10 +108,8 @@ class LoopThread:
             self._failure = error
         finally:
             self._started.set()
-            try:
-                self._home.call_soon_threadsafe(self._ended.set)
-            except RuntimeError:  # nobody is left to be told
-                pass
+            self._tell(self._quiet)
+            self._tell(self._ended)
 
     async def _main(self) -> None:
         self._stop = asyncio.Event()
@@ -111,7 +118,16 @@ class LoopThread:
         await self._stop.wait()
         if self._at_end is not None:
             await self._at_end()
-        # What still runs here is cancelled and waited for by the runner.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        self._tell(self._quiet)
+
+    def _tell(self, event: asyncio.Event) -> None:
+        """Set one of the home loop's events."""
+        with contextlib.suppress(RuntimeError):  # nobody is left to be told
+            self._home.call_soon_threadsafe(event.set)
 
 
 class _Call(Generic[T]):

@@ -51,6 +51,18 @@ def test_cancel_reaches_the_coroutine_and_its_cleanup_runs() -> None:
     engine.post(print)
 
 
+def test_without_a_loop_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_loop(*_: object, **__: object) -> asyncio.Runner:
+        raise OSError(24, "Too many open files")
+
+    async def main() -> None:
+        raise AssertionError("there is nothing to run it on")
+
+    monkeypatch.setattr(asyncio, "Runner", no_loop)
+    with pytest.raises(OSError, match="Too many open files"):
+        run_in_thread(main)
+
+
 def test_a_loop_that_does_not_close_keeps_nobody() -> None:
     """That of uvloop waits for a name server, asyncio's for its threads; what was asked for is there already."""
     release = threading.Event()

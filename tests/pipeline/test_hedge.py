@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamload.checksums import RunningChecksum
-from streamload.errors import AccessError, SourceError, TransientError
+from streamload.errors import AccessError, ChecksumError, SourceError, TransientError
 from streamload.loan import Loan
 from streamload.pipeline import hedge
 from streamload.pipeline.budget import Budget
@@ -48,6 +48,7 @@ class SteppedSource(Source):
         self.telling = telling
         self.reads: list[SteppedRead] = []
         self.writing = 0
+        self.at_end: Callable[[], Awaitable[None]] | None = None
 
     async def list(self) -> list[SourceObject]:
         return [OBJECT]
@@ -72,6 +73,8 @@ class SteppedSource(Source):
                     if self.telling and piece.nbytes:
                         loan.landed(piece)
                 if read.filled == end - start:
+                    if self.at_end is not None:
+                        await self.at_end()
                     return
         finally:
             self.writing -= 1
@@ -156,6 +159,29 @@ def test_the_second_read_is_first(telling: bool, before: int, meanwhile: int) ->
         await case.end()
         case.check()
         assert case.recorder.hedged_bytes == 1000 - had
+
+    run_on_each_loop(body)
+
+
+def test_what_a_source_finds_out_when_all_has_landed_counts() -> None:
+    """However late that is: as one that sums up a file, and compares it, before its last read ends."""
+
+    async def body() -> None:
+        case = Case()
+        found_out = asyncio.Event()
+
+        async def compare() -> None:
+            await found_out.wait()
+            raise ChecksumError("it is something else")
+
+        case.source.at_end = compare
+        await case.begin(first_brings=1000, second=False)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        found_out.set()
+        with pytest.raises(ChecksumError):
+            await case.end()
+        assert len(case.source.reads) == 1
 
     run_on_each_loop(body)
 

@@ -229,6 +229,23 @@ def test_a_consumer_that_takes_nothing_stops_the_network() -> None:
     assert load.tensors.keys() == EXPECTED.keys()
 
 
+class CancellingSource(MemorySource):
+    """Waits for something of its own that somebody has cancelled."""
+
+    async def read(self, object: SourceObject, start: int, end: int, loan: Loan) -> None:
+        if object.key.startswith("model-1") and end == object.size_bytes:
+            raise asyncio.CancelledError
+        await super().read(object, start, end, loan)
+
+
+def test_a_read_that_ends_as_cancelled_is_not_taken_for_done() -> None:
+    load = Run(CancellingSource(CONTENT))
+    with pytest.raises(BaseExceptionGroup) as caught:
+        run(load.run)
+    assert "nobody here has asked for that" in str(first_error(caught.value))
+    assert load.tensors.keys() < EXPECTED.keys()
+
+
 class SecretiveSource(MemorySource):
     """Does not tell its checksums."""
 

@@ -333,6 +333,27 @@ class TestSource:
 
         asyncio.run(main())
 
+    @pytest.mark.parametrize(
+        "said", ["HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "220 mail.example.com ESMTP\r\n\r\n"]
+    )
+    def test_a_stranger_answers(self, tmp_path: Path, said: str) -> None:
+        """It is asked once, and no more."""
+        asked: list[bytes] = []
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            asked.append(await reader.readuntil(b"\r\n\r\n"))
+            writer.write(said.encode())
+            writer.close()
+
+        async def main() -> None:
+            server = await asyncio.start_unix_server(answer, f"{tmp_path}/s.sock")
+            async with server, SidecarSource(f"sidecar://{tmp_path}/s.sock") as source:
+                with pytest.raises(SourceError, match="what answers on this socket is no sidecar"):
+                    await source.list()
+
+        asyncio.run(main())
+        assert len(asked) == 1
+
     @pytest.mark.parametrize("uri", ["sidecar://", "sidecar://s.sock", "sidecar:///folder/", f"sidecar:///{'x' * 200}"])
     def test_uris(self, uri: str) -> None:
         with pytest.raises(OptionError):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from streamload.errors import SourceError
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 from streamload.testing import run_on_each_loop
 
@@ -52,6 +53,29 @@ def test_runs_calls_and_hands_over_what_they_return_or_raise(executor: DaemonExe
     with pytest.raises(KeyError):
         executor.submit(fail).result()
     assert executor.submit(int, "7f", base=16).result() == 127
+
+
+def test_with_fewer_threads_than_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container has a limit on them."""
+    executor = DaemonExecutor(3)
+    start, limit = threading.Thread.start, [0]
+
+    def limited(thread: threading.Thread) -> None:
+        if not limit[0]:
+            raise RuntimeError("can't start new thread")
+        limit[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    ran: list[int] = []
+    with pytest.raises(SourceError, match="no thread can be started"):
+        executor.submit(ran.append, 1)
+    limit[0] = 1
+    for number in (2, 3):
+        executor.submit(ran.append, number).result(timeout=10)
+    executor.shutdown()
+    assert executor.ended.done()
+    assert ran == [2, 3]
 
 
 def test_its_threads_are_daemons_with_names(executor: DaemonExecutor) -> None:

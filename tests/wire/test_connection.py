@@ -638,20 +638,45 @@ def test_a_slow_server_does_not_stall() -> None:
     """The limit is on silence, not on the answer: it takes longer than that as a whole."""
 
     async def slow(peer: Peer) -> None:
-        loop = asyncio.get_running_loop()
         await peer.request()
-        started = loop.time()
-        for at in range(len(_WHOLE)):
-            wake = loop.create_future()
-            loop.call_at(started + 0.005 * at, wake.set_result, None)
-            await wake
-            peer.send(_WHOLE[at : at + 1])
+        peer.send(_WHOLE[:_HEAD_BYTES])
+        await drip(peer, _WHOLE[_HEAD_BYTES:])
 
     async def body() -> None:
         async with wired(slow, stall_s=0.2) as (_, pool):
             lent = Lent(*_SIZES)
             await pool.ask(REQUEST, lent.place)
             lent.check(_BODY)
+
+    run_on_each_loop(body)
+
+
+async def drip(peer: Peer, data: bytes) -> None:
+    """Send byte by byte, each long before a connection counts as silent."""
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    for at in range(len(data)):
+        wake = loop.create_future()
+        loop.call_at(started + 0.005 * at, wake.set_result, None)
+        await wake
+        peer.send(data[at : at + 1])
+
+
+@pytest.mark.parametrize("part", ["head", "explanation"])
+def test_who_drips_what_should_come_in_one_go_is_silent(part: str) -> None:
+    """A byte now and then would hold a request for days."""
+    refused = answer(b"x" * 100, status=404)
+    sent = 0 if part == "head" else refused.index(b"x")
+
+    async def slow(peer: Peer) -> None:
+        await peer.request()
+        peer.send(refused[:sent])
+        await drip(peer, b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100 if part == "head" else refused[sent:])
+
+    async def body() -> None:
+        async with wired(slow, stall_s=0.1) as (_, pool):
+            with pytest.raises(TransientError, match=r"sent nothing for 0\.1 s"):
+                await pool.ask(REQUEST, Lent(*_SIZES).place)
 
     run_on_each_loop(body)
 

@@ -48,7 +48,11 @@ class Lanes:
     def __init__(self, *, connect_timeout_s: float, stall_s: float, most: int | None = None) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._stall_s = stall_s
-        self._most = most or min(_LANES, len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        self._most = most or min(_LANES, cores)
+        # Decrypting lets go of the interpreter's lock for each record, 16 KiB: two loops that do it spend a tenth of
+        # their time on handing it over, which only cores that nobody else needs make up for.
+        self._most_secure = most or max(1, min(_LANES, cores - 1))
         self._lanes = [_Lane()]
         self._closed = False
 
@@ -65,7 +69,7 @@ class Lanes:
         """
         if self._closed:
             raise ClosedError("the connections were closed")
-        lane = self._choose()
+        lane = self._choose(self._most if server.tls is None else self._most_secure)
         pool = lane.pools.get(server)
         if pool is None:
             pool = lane.pools[server] = Pool(
@@ -96,9 +100,9 @@ class Lanes:
         """How many are open."""
         return sum(pool.connections for lane in self._lanes for pool in lane.pools.values())
 
-    def _choose(self) -> _Lane:
-        lane = min(self._lanes, key=lambda lane: lane.under_way)
-        if lane.under_way and len(self._lanes) < self._most:
+    def _choose(self, most: int) -> _Lane:
+        lane = min(self._lanes[:most], key=lambda lane: lane.under_way)
+        if lane.under_way and len(self._lanes) < min(most, self._most):
             try:
                 lane = _Lane(f"streamload-io-{len(self._lanes)}")
             except (OSError, RuntimeError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
@@ -18,7 +19,20 @@ from streamload.errors import ClosedError, TransientError
 from streamload.testing import run_on_each_loop
 from streamload.wire import Lanes, Server, lanes
 from streamload.wire.loops import LoopThread
-from tests.wire.server import REQUEST, Lent, Peer, Script, ScriptedServer, answer, closing, pattern, serve, until
+from tests.wire.server import (
+    REQUEST,
+    Lent,
+    Peer,
+    Script,
+    ScriptedServer,
+    answer,
+    client_tls,
+    closing,
+    pattern,
+    serve,
+    server_tls,
+    until,
+)
 
 _BODY = pattern(40)
 
@@ -72,6 +86,30 @@ def test_requests_at_once_go_to_both_lanes() -> None:
                 lent.check(_BODY)
             assert server.connections == 4
         assert _threads() == []
+
+    run_on_each_loop(body)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 0), (2, 0), (3, 1), (8, 1)])
+def test_a_second_loop_decrypts_only_where_there_are_cores_to_spare(
+    cores: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+
+    async def body() -> None:
+        hold = _Hold()
+        async with serve(*[hold.script] * 4, tls=server_tls()) as server:
+            opened = Lanes(connect_timeout_s=20.0, stall_s=20.0)
+            try:
+                where = Server("127.0.0.1", server.port, client_tls())
+                lents = [Lent(11, 29) for _ in range(4)]
+                asking = [asyncio.ensure_future(opened.ask(where, REQUEST, lent.place)) for lent in lents]
+                await until(lambda: server.requests == 4)
+                assert len(_threads()) == threads
+                hold.go.set()
+                await asyncio.gather(*asking)
+            finally:
+                await opened.aclose()
 
     run_on_each_loop(body)
 

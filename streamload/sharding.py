@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Unpack, cast
@@ -199,17 +199,20 @@ class _Sharding:
         made = Made(
             self._ranks,
             f"{conversion.digest} {'verified' if verify else 'not verified'}",
-            {key: (object.size_bytes, object.version) for key, object in sorted(source.items())},
+            {key: _version_of(object) for key, object in sorted(source.items())},
         )
         self._recorder.planned(len(conversion.catalog.files), conversion.tensors, conversion.nbytes)
-        async with self._destination:
+        async with self._destination, open_source(self._uri) as self._written:
             await self._destination.claim(f"{JOURNAL_NAME}.lock")
             there, journal = await self._look()
             self._check_foreign(there, journal)
             if journal is not None and journal.made == made and journal.done and _is_done(journal, there):
                 return self._result(conversion, journal.done, conversion.nbytes, [object.key for object in copied])
-            writer, begun = await self._resume(conversion, made, journal)
+            writer, begun = await self._resume(conversion, made, there, journal, {object.key for object in copied})
             try:
+                if begun is None:
+                    await writer.begin_anew()
+                    begun = Journal(made)
                 resumed = conversion.nbytes_before(begun.tensor)
                 if begun.files:
                     sums.restore(begun.sums)
@@ -217,11 +220,11 @@ class _Sharding:
                 await self._convert(conversion, writer, sums, found.objects, begun)
                 sums.check_complete()
                 for object in copied:
-                    await self._copy(object)
+                    await self._copy(writer, object)
                 manifests = await writer.publish(manifests=True)
                 made_files = [*writer.files, *manifests, *(object.key for object in copied)]
                 there, _ = await self._look()
-                versions = {key: (there[key].size_bytes, there[key].version) for key in made_files}
+                versions = {key: _version_of(there[key]) for key in made_files}
                 await writer.done(versions)
             except BaseException as error:
                 # A bad source must not be gone on with. Anything else may be better the next time.
@@ -260,17 +263,16 @@ class _Sharding:
 
     async def _look(self) -> tuple[dict[str, SourceObject], Journal | None]:
         """What is in the destination, and what the journal says."""
-        async with open_source(self._uri) as source:
-            fetcher = Fetcher(source, self._recorder)
-            try:
-                there = {object.key: object for object in await fetcher.ask(source.list)}
-            except NotFoundError:
-                return {}, None
-            object = there.get(JOURNAL_NAME)
-            if object is None:
-                return there, None
-            content = bytearray(min(object.size_bytes, MAX_MANIFEST_BYTES))
-            await fetcher.read(object, 0, len(content), Loan([memoryview(content)]))
+        fetcher = Fetcher(self._written, self._recorder)
+        try:
+            there = {object.key: object for object in await fetcher.ask(self._written.list)}
+        except NotFoundError:
+            return {}, None
+        object = there.get(JOURNAL_NAME)
+        if object is None:
+            return there, None
+        content = bytearray(min(object.size_bytes, MAX_MANIFEST_BYTES))
+        await fetcher.read(object, 0, len(content), Loan([memoryview(content)]))
         try:
             return there, Journal.parse(content)
         except CheckpointError as error:
@@ -279,7 +281,8 @@ class _Sharding:
     def _check_foreign(self, there: Mapping[str, SourceObject], journal: Journal | None) -> None:
         """Refuse a destination in which something else lies."""
         where = scrub_uri(self._uri)
-        if journal is not None and journal.made.ranks != self._ranks:
+        begun = journal is not None and (journal.files or journal.done or journal.older)
+        if journal is not None and begun and journal.made.ranks != self._ranks:
             tp, pp, pattern = journal.made.ranks
             raise CheckpointError(
                 f"there is a conversion for tp={tp} and pp={pp} ({pattern}), and what is asked for is "
@@ -297,14 +300,25 @@ class _Sharding:
             )
 
     async def _resume(
-        self, conversion: Conversion, made: Made, journal: Journal | None
-    ) -> tuple[ConversionWriter, Journal]:
-        """What writes, and how far it is."""
-        older = [] if journal is None else sorted({*journal.older, *journal.files, *journal.done} - {JOURNAL_NAME})
-        older = [name for name in older if _is_weights(name) or is_manifest(name)]
-        mine = partial(_is_mine, names=self._names)
+        self,
+        conversion: Conversion,
+        made: Made,
+        there: Mapping[str, SourceObject],
+        journal: Journal | None,
+        copied: Collection[str],
+    ) -> tuple[ConversionWriter, Journal | None]:
+        """What writes, and how far it is; None where it begins anew."""
+
+        def writer_over(older: Iterable[str]) -> ConversionWriter:
+            versions = {name: _version_of(there[name]) for name in older if name in there}
+            return ConversionWriter(
+                self._destination, conversion, self._names, made, look=self._look, journal=journal, older=versions
+            )
+
+        copies = {*copied, *(key for key in (journal.made.source if journal else ()) if _is_copied(key))}
+        mine = partial(_is_mine, names=self._names, copies=copies)
         if journal is not None and journal.made == made and not journal.done:
-            writer = ConversionWriter(self._destination, conversion, self._names, made, journal.older)
+            writer = writer_over(journal.older)
             await self._destination.prepare(mine, {name: file.kept for name, file in journal.files.items()})
             try:
                 if await writer.reopen(journal):
@@ -313,11 +327,11 @@ class _Sharding:
                 await writer.give_up(keep=True)
                 await writer.aclose()
                 raise
-            await writer.give_up(keep=False)
+            # What there is of them is cleared up below, or replaced at the end.
+            await writer.give_up(keep=True)
             await writer.aclose()
         await self._destination.prepare(mine)
-        writer = ConversionWriter(self._destination, conversion, self._names, made, older)
-        return writer, Journal(made)
+        return writer_over(_older(journal, there, copied)), None
 
     async def _convert(
         self,
@@ -362,20 +376,15 @@ class _Sharding:
             await writer.note(numbers.stop, sums.state(), group=group + 1)
             noted = 0
 
-    async def _copy(self, object: SourceObject) -> None:
-        """Copy a file that is no weight."""
-        file = await self._destination.create(object.key, object.size_bytes)
-        try:
-            memory = memoryview(bytearray(min(self._read_bytes, object.size_bytes)))
-            for start in range(0, object.size_bytes, self._read_bytes):
-                end = min(start + self._read_bytes, object.size_bytes)
-                await self._fetcher.read(object, start, end, Loan([memory[: end - start]]))
-                await file.write(memory[: end - start])
-            await file.finish()
-            await file.publish()
-        except BaseException:
-            await file.discard()
-            raise
+    async def _copy(self, writer: ConversionWriter, object: SourceObject) -> None:
+        """Copy a file that is no weight; it gets its name together with the weights."""
+        file = await writer.create_copy(object.key, object.size_bytes)
+        memory = memoryview(bytearray(min(self._read_bytes, object.size_bytes)))
+        for start in range(0, object.size_bytes, self._read_bytes):
+            end = min(start + self._read_bytes, object.size_bytes)
+            await self._fetcher.read(object, start, end, Loan([memory[: end - start]]))
+            await file.write(memory[: end - start])
+        await file.finish()
 
     def _result(
         self, conversion: Conversion, there: Mapping[str, tuple[int, str]], resumed: int, copied: list[str]
@@ -463,15 +472,27 @@ def _is_copied(key: str) -> bool:
     return not key.endswith(_WEIGHTS) and not key.startswith(".") and not is_manifest(key)
 
 
-def _is_mine(name: str, names: list[RankFiles]) -> bool:
-    return name == JOURNAL_NAME or any(name == each.manifest or each.is_mine(name) for each in names)
+def _is_mine(name: str, names: list[RankFiles], copies: Collection[str]) -> bool:
+    return name == JOURNAL_NAME or name in copies or any(name == each.manifest or each.is_mine(name) for each in names)
+
+
+def _older(journal: Journal | None, there: Mapping[str, SourceObject], copied: Collection[str]) -> list[str]:
+    """What an earlier conversion has left, in the order in which it goes: nothing is a checkpoint without weights."""
+    if journal is None:
+        return []
+    names = there.keys() & {*journal.older, *journal.files, *journal.done}
+    # A copy that somebody has changed is not the conversion's any more; and those that come again are replaced.
+    changed = {name for name in names & journal.done.keys() if _version_of(there[name]) != journal.done[name]}
+    ours = (name for name in names if _is_weights(name) or is_manifest(name) or name not in {*changed, *copied})
+    return sorted(ours, key=lambda name: (not _is_weights(name), name))
+
+
+def _version_of(object: SourceObject) -> tuple[int, str]:
+    return object.size_bytes, object.version
 
 
 def _is_done(journal: Journal, there: Mapping[str, SourceObject]) -> bool:
-    return all(
-        name in there and (there[name].size_bytes, there[name].version) == version
-        for name, version in journal.done.items()
-    )
+    return all(name in there and _version_of(there[name]) == version for name, version in journal.done.items())
 
 
 def _check_count(name: str, value: int) -> None:

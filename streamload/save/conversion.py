@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from streamload.checkpoint import (
@@ -17,17 +17,23 @@ from streamload.checkpoint import (
     encode_manifest,
 )
 from streamload.checksums import BlockSums, RunningChecksum
-from streamload.errors import StreamloadError
+from streamload.errors import ObjectChangedError, SourceError, StreamloadError
 from streamload.plan import Conversion, Span
 from streamload.save.base import Destination, NewFile
 from streamload.save.journal import JOURNAL_NAME, Journal, KeptFile, Made
 from streamload.save.sharded import METADATA
+from streamload.sources import SourceObject
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
-__all__ = ["ConversionWriter", "Pieces", "put", "views_of"]
+__all__ = ["ConversionWriter", "Look", "Pieces", "put", "views_of"]
 
 Pieces: TypeAlias = Mapping[int, memoryview]
 """What a read has brought, by rank: the next bytes of that rank's file."""
+
+Look: TypeAlias = Callable[[], Awaitable[tuple[Mapping[str, SourceObject], Journal | None]]]
+"""Says which files there are, and what the journal among them says."""
+
+NOTHING_OLDER: Mapping[str, tuple[int, str]] = {}
 
 _log = logging.getLogger("streamload.save")
 
@@ -77,7 +83,10 @@ class ConversionWriter:
         conversion: What goes where.
         names: What each rank's files are called.
         made: For the journal.
-        older: Files of an earlier conversion that are there, and will be replaced or removed.
+        look: Says what is in the destination, and what the journal there says.
+        journal: What it said last.
+        older: Files of an earlier conversion that are there, and will be replaced or removed, in this order: size and
+            version of each.
     """
 
     def __init__(
@@ -86,15 +95,21 @@ class ConversionWriter:
         conversion: Conversion,
         names: Sequence[RankFiles],
         made: Made,
-        older: Sequence[str] = (),
+        *,
+        look: Look,
+        journal: Journal | None = None,
+        older: Mapping[str, tuple[int, str]] = NOTHING_OLDER,
     ) -> None:
         self._destination = destination
         self._conversion = conversion
         self._names = names
         self._made = made
-        self._older = list(older)
+        self._look = look
+        self._journal = journal  # as this conversion found it, or has written it
+        self._older = dict(older)
         self._group = 0
         self._files: dict[str, _RankFile] = {}  # all of them, those that were finished before included
+        self._copies: dict[str, NewFile] = {}
         self._open: dict[int, _RankFile] = {}  # those of the group that is being read, by rank
         self._noted: frozenset[str] = frozenset()
         self._threads = DaemonExecutor(1, name="streamload-scatter")
@@ -104,25 +119,39 @@ class ConversionWriter:
         """How long each file is, by its name."""
         return {name: file.file.size_bytes for name, file in self._files.items()}
 
+    async def begin_anew(self) -> None:
+        """Write down that nothing is done yet.
+
+        Before anything is: a journal of an earlier conversion must not be there together with files of this one.
+        """
+        await self._put_journal(Journal(self._made, older=list(self._older)))
+
     async def reopen(self, journal: Journal) -> bool:
         """Have the files as the journal says; whether all of them are there."""
         self._group, self._noted = journal.group, frozenset(journal.files)
+        ranks: dict[str, int] = {}
+        if journal.group < len(self._conversion.groups):
+            ranks = {name: rank for rank, name in self._names_of(journal.group)}
         for name, said in journal.files.items():
-            file = await self._destination.reopen(name, said.size_bytes, said.kept)
+            sums: list[tuple[int, int]] = []
+            if name in ranks:
+                before = range(self._conversion.groups[journal.group].start, journal.tensor)
+                lengths = _blocks(list(self._conversion.sizes(ranks[name], before)))
+                sums = [(said.header_bytes, said.header_checksum), *zip(lengths, _values(said.sums), strict=False)]
+            file = await self._destination.reopen(name, said.size_bytes, said.kept, sums)
             if file is None:
                 return False
             self._files[name] = _RankFile(
                 file, said.header_bytes, said.header_checksum, BlockSums((), _values(said.sums))
             )
             self._files[name].position = file.size_bytes
-        if journal.group < len(self._conversion.groups):
-            rest = range(journal.tensor, self._conversion.groups[journal.group].stop)
-            for rank, name in self._names_of(journal.group):
-                if name in self._files:
-                    self._open[rank] = again = self._files[name]
-                    sizes = list(self._conversion.sizes(rank, rest))
-                    again.sums = BlockSums(_blocks(sizes), again.sums.values)
-                    again.position -= sum(sizes)
+        for name, rank in ranks.items():
+            if name in self._files:
+                rest = range(journal.tensor, self._conversion.groups[journal.group].stop)
+                self._open[rank] = again = self._files[name]
+                sizes = list(self._conversion.sizes(rank, rest))
+                again.sums = BlockSums(_blocks(sizes), again.sums.values)
+                again.position -= sum(sizes)
         for name, again in self._files.items():
             again.blocks = len(again.sums.values)
             again.kept, again.kept_at = journal.files[name].kept, again.position
@@ -206,22 +235,37 @@ class ConversionWriter:
                 await file.file.leave()
             self._open = {}
         files = {name: file.described() for name, file in self._files.items()}
-        await self._put_journal(Journal(self._made, group, tensor, files, sums, self._older))
-        self._noted = frozenset(files)
+        await self._put_journal(Journal(self._made, group, tensor, files, sums, list(self._older)))
         return True
 
+    async def create_copy(self, name: str, size_bytes: int) -> NewFile:
+        """Begin a file that is no rank's; the caller writes and finishes it."""
+        self._copies[name] = file = await self._destination.create(name, size_bytes)
+        return file
+
     async def publish(self, *, manifests: bool) -> list[str]:
-        """Put all files under their names, and remove what an earlier conversion has left; the manifests' names."""
+        """Put all files under their names, and remove what an earlier conversion has left; the manifests' names.
+
+        Raises:
+            SourceError: It cannot be done; or another conversion has been there, and nothing was touched.
+        """
         of_ranks = [names.manifest for names in self._names]
+        new = {name for name, file in self._files.items() if file.file.published}
+        there = await self._look_again()
+        older = [name for name in self._older if name in there and name not in new and name not in self._copies]
+        for name in older:
+            if (there[name].size_bytes, there[name].version) != self._older[name]:
+                raise SourceError("somebody has written this file since the conversion began", object=name)
         for name in of_ranks:
             # It may tell of what is about to be replaced.
             await self._destination.remove(name)
         # Old files and new ones are never there together, and the part without which a rank has none comes last:
         # whoever looks in between, or after a kill, finds no checkpoint rather than a part of one.
-        new = {name for name, file in self._files.items() if file.file.published}
-        for name in self._older:
-            if name not in new and name not in of_ranks:
+        for name in older:
+            if name not in of_ranks:
                 await self._destination.remove(name)
+        for copy in self._copies.values():
+            await copy.publish()
         for file in reversed(self._files.values()):
             await file.file.publish()
         if not manifests:
@@ -238,10 +282,14 @@ class ConversionWriter:
         """End a conversion that has failed.
 
         Args:
-            keep: Whether what the journal tells of stays there. Where not, the journal goes too.
+            keep: Whether what the journal tells of stays there. Where not, the journal goes too, but for what it says
+                of an earlier conversion's files.
         """
         if not keep:
-            await self._tolerating(self._destination.remove(JOURNAL_NAME))
+            await self._tolerating(self._forget())
+        for copy in self._copies.values():
+            # One that is there has taken the place of an older one, and the next conversion replaces it.
+            await self._tolerating(copy.leave() if keep and copy.published else copy.discard())
         for name, file in reversed(self._files.items()):
             if keep and name in self._noted:
                 await self._tolerating(file.file.leave())
@@ -263,8 +311,45 @@ class ConversionWriter:
             # What the conversion failed of matters more.
             _log.warning("something is left of a conversion that failed: %s", error)
 
+    async def _forget(self) -> None:
+        if self._older:
+            await self.begin_anew()
+        else:
+            await self._look_again()
+            await self._destination.remove(JOURNAL_NAME)
+
+    async def _look_again(self) -> Mapping[str, SourceObject]:
+        """What is in the destination, where no other conversion has been; not every place could refuse it."""
+        try:
+            there, journal = await self._look()
+            other = journal != self._journal
+        except ObjectChangedError:  # between two requests; the checkpoint that is converted has not
+            other = True
+        if other:
+            raise SourceError(
+                "another conversion into the same place has begun or ended since this one did: this one is given up",
+                object=JOURNAL_NAME,
+            )
+        return there
+
     async def _put_journal(self, journal: Journal) -> None:
-        await put(self._destination, JOURNAL_NAME, journal.encode())
+        await self._look_again()
+        content = journal.encode()
+        file = await self._destination.create(JOURNAL_NAME, len(content))
+        try:
+            await file.write(memoryview(content))
+            await file.finish()
+            await file.publish()
+        except BaseException:
+            if file.published or file.doubtful:
+                # It is true, and the one before is gone, perhaps: what either tells of has to stay.
+                self._noted |= frozenset(journal.files)
+                self._journal = journal
+                await file.leave()
+            else:
+                await file.discard()
+            raise
+        self._noted, self._journal = frozenset(journal.files), journal
 
     def _names_of(self, group: int) -> Iterator[tuple[int, str]]:
         for rank, names in enumerate(self._names):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamload.checksums import Checksum, RunningChecksum, combined
@@ -110,7 +110,9 @@ class S3Destination(Destination):
             raise
         return file
 
-    async def reopen(self, name: str, size_bytes: int, kept: Mapping[str, Any]) -> NewFile | None:
+    async def reopen(
+        self, name: str, size_bytes: int, kept: Mapping[str, Any], sums: Sequence[tuple[int, int]] = ()
+    ) -> NewFile | None:
         file = _Upload(self, name, size_bytes, self._part_bytes(size_bytes))
         return file if await file.reopen(kept) else None
 
@@ -217,7 +219,6 @@ class _Upload(NewFile):
         self._sending: list[asyncio.Task[dict[str, Any]]] = []
         self._sums: list[tuple[int, int]] = []
         self._parts: list[dict[str, Any]] = []
-        self._completing = False  # it has been asked for, and nobody knows whether it was done
         self._failed: BaseException | None = None
 
     async def begin(self) -> None:
@@ -296,7 +297,7 @@ class _Upload(NewFile):
         if self.published:
             return
         # From here on, cancelled or cut off, it may have been completed all the same: then it has to be removed.
-        self._completing = True
+        self.doubtful = True
         try:
             answer = await self._folder.call(
                 "complete_multipart_upload", self.name, UploadId=self._id, MultipartUpload={"Parts": self._parts}
@@ -306,7 +307,7 @@ class _Upload(NewFile):
             answer = await self._folder.call("head_object", self.name, ChecksumMode="ENABLED")
             if answer.get("ContentLength") != self.size_bytes or not answer.get("ChecksumCRC64NVME"):
                 raise
-        self.published, self._completing = True, False
+        self.published, self.doubtful = True, False
         # Each part was compared when it came. What they were put together to is told only now.
         kept = answer.get("ChecksumCRC64NVME")
         if kept is not None and kept not in self._whole():
@@ -372,9 +373,9 @@ class _Upload(NewFile):
         upload_id, self._id = self._id, None
         if upload_id is not None:
             await self._folder.abort(self.name, upload_id)
-        published, completing = self.published, self._completing
-        self.published = self._completing = False
-        if published or (completing and await self._is_there(certainly=False)):
+        published, doubtful = self.published, self.doubtful
+        self.published = self.doubtful = False
+        if published or (doubtful and await self._is_there(certainly=False)):
             await self._folder.remove(self.name)
 
     async def _is_there(self, *, certainly: bool) -> bool:

@@ -430,7 +430,8 @@ async def _in_order(
     free: list[memoryview] = []
     slots = asyncio.Semaphore(reads)
     asked: asyncio.Queue[tuple[Span, memoryview, asyncio.Task[Loan]] | None] = asyncio.Queue()
-    ready: asyncio.Queue[tuple[Span, memoryview, Loan, Pieces] | None] = asyncio.Queue()
+    # What is cut may be a copy, and so has memory of its own: of one read that waits, and one on each side of it.
+    ready: asyncio.Queue[tuple[Span, memoryview, Loan, Pieces] | None] = asyncio.Queue(1)
 
     async def ask(group: asyncio.TaskGroup) -> None:
         for span in spans:
@@ -444,8 +445,8 @@ async def _in_order(
         while (item := await asked.get()) is not None:
             span, memory, task = item
             loan = await task
-            ready.put_nowait((span, memory, loan, await cut(span, loan.views[0])))
-        ready.put_nowait(None)
+            await ready.put((span, memory, loan, await cut(span, loan.views[0])))
+        await ready.put(None)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(ask(group))

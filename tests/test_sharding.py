@@ -23,9 +23,12 @@ import streamload
 from streamload import Absent, Experts, PackedShard, Placement, Replicate, Shard
 from streamload.checksums import Checksum
 from streamload.errors import CheckpointError, ChecksumError, OptionError, SourceError
-from streamload.save.conversion import ConversionWriter
+from streamload.loan import Loan
+from streamload.plan import Span
+from streamload.save.conversion import ConversionWriter, Pieces
 from streamload.save.journal import JOURNAL_NAME
 from streamload.save.local import _LocalFile
+from streamload.sharding import _in_order
 from streamload.sources import SourceObject
 from streamload.sources.s3 import S3Source
 from tests.checkpoints import raw_checkpoint, same_tensor, write_sharded
@@ -524,6 +527,45 @@ def test_memory_stays_within_its_limit(tmp_path: Path) -> None:
     found = measured(source, tmp_path / "made", 8, 32 * MIB, '{"*": streamload.Shard(1)}')
     assert found["above"] <= (32 + 64) * MIB
     assert not found["torch"]
+
+
+def test_little_is_cut_ahead_of_what_is_written() -> None:
+    cut = written = most = 0
+
+    async def fetch(span: Span, memory: memoryview) -> Loan:
+        return Loan([memory])
+
+    async def cut_out(span: Span, view: memoryview) -> Pieces:
+        nonlocal cut, most
+        cut += 1
+        most = max(most, cut - written)
+        return {}
+
+    async def write(span: Span, loan: Loan, pieces: Pieces) -> None:
+        nonlocal written
+        for _ in range(100):  # all others have their turns
+            await asyncio.sleep(0)
+        written += 1
+
+    spans = (Span(0, number, number + 1, number, number + 1, True) for number in range(20))
+    asyncio.run(_in_order(spans, 20, 1, fetch, cut_out, write))
+    assert (written, most) == (20, 3)
+
+
+@pytest.mark.parametrize(("tp", "placements"), [(1, "auto"), (2, {"*": Replicate()})])
+def test_neighbouring_tensors_are_written_without_a_copy(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp: int, placements: Any
+) -> None:
+    write, owners = ConversionWriter.write, []
+
+    async def noting(self: ConversionWriter, pieces: Pieces) -> None:
+        owners.extend(type(piece.obj) for piece in pieces.values())
+        await write(self, pieces)
+
+    monkeypatch.setattr(ConversionWriter, "write", noting)
+    streamload.shard(small, tmp_path / "made", tp=tp, placements=placements)
+    assert set(owners) == {bytearray}, "what is read into, not bytes that were joined"
+    check(small, tmp_path / "made", tp, placements=placements)
 
 
 def test_many_small_tensors_take_little_memory(tmp_path: Path) -> None:

@@ -72,6 +72,31 @@ class _RankFile:
         return KeptFile(self.file.size_bytes, self.header_bytes, self.header_checksum, sums, self.kept or {})
 
 
+class _Views:
+    """A rank's bytes in a read, tensor after tensor; neighbours are one piece, which needs no copy."""
+
+    def __init__(self, view: memoryview, span: Span) -> None:
+        self.views: list[memoryview] = []
+        self._view = view
+        self._span = span
+        # Where in the file the last piece begins and ends, if another one may follow it.
+        self._start = self._end = -1
+
+    def add(self, part: TensorInfo) -> None:
+        span = self._span
+        if len(part.stripes) > 1 or (part.stripes and part.stripes[0].count > 1):
+            self.views += views_of(part, self._view, span)
+            self._end = -1
+            return
+        for start, _, nbytes in part.runs(span.start, span.end):
+            if start == self._end:
+                self.views.pop()
+            else:
+                self._start = start
+            self._end = start + nbytes
+            self.views.append(self._view[self._start - span.start : self._end - span.start])
+
+
 class ConversionWriter:
     """Writes the files of a conversion, and a journal beside them.
 
@@ -190,13 +215,14 @@ class ConversionWriter:
             raise
 
     def _cut(self, span: Span, view: memoryview) -> Pieces:
-        found: dict[int, list[memoryview]] = {rank: [] for rank in self._open}
+        found = {rank: _Views(view, span) for rank in self._open}
         for number in range(span.first, span.stop):
             for rank, part in enumerate(self._conversion.slices(number)):
                 if part is not None:
-                    found[rank] += views_of(part, view, span)
+                    found[rank].add(part)
         pieces: dict[int, memoryview] = {}
-        for rank, views in found.items():
+        for rank, each in found.items():
+            views = each.views
             if views:
                 pieces[rank] = views[0] if len(views) == 1 else memoryview(b"".join(views))
                 self._open[rank].sums.add(pieces[rank])

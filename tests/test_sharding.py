@@ -322,6 +322,12 @@ def test_wrong_use(source: Path, tmp_path: Path) -> None:
     for options, where, cause in cases:
         with pytest.raises(OptionError, match=cause):
             streamload.shard(source, where, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamload.save.s3._MOST_PARTS", 1)
+        with pytest.raises(
+            OptionError, match=r"2 objects .* in parts of 6536192 bytes: it takes 19608576 .* 16777216,"
+        ):
+            streamload.shard(source, "s3://never-asked/made", tp=2, max_file_bytes=None, memory_bytes=32 * MIB)
     with pytest.raises(OptionError, match="is the source"):
         streamload.shard(next(source.glob("*.safetensors")), source, tp=2)
     assert not made.exists()

@@ -152,6 +152,14 @@ class Destination(ABC):
         """
 
     @abstractmethod
+    def check_fits(self, sizes: Sequence[int]) -> None:
+        """See that one task can write files of these lengths in turns, and none of them waits for memory for ever.
+
+        Raises:
+            OptionError: There is too little memory for that.
+        """
+
+    @abstractmethod
     async def create(self, name: str, size_bytes: int) -> NewFile:
         """Begin a file.
 

@@ -189,10 +189,13 @@ class ConversionWriter:
         self._group = group
         if self._open:
             return
+        lengths: list[int] = []
         for rank, name in self._names_of(group):
             header = encode_header(self._conversion.entries(rank, group), metadata=METADATA)
             sizes = list(self._conversion.sizes(rank, self._conversion.groups[group]))
-            file = await self._destination.create(name, len(header) + sum(sizes))
+            lengths.append(len(header) + sum(sizes))
+            self._destination.check_fits(lengths)
+            file = await self._destination.create(name, lengths[-1])
             running = RunningChecksum("CRC64NVME")
             running.add(memoryview(header))
             sums = BlockSums(_blocks(sizes))

@@ -102,6 +102,18 @@ class S3Destination(Destination):
         names = (entry["Key"].removeprefix(self.prefix) for entry in there)
         return sorted(name for name in names if mine(name))
 
+    def check_fits(self, sizes: Sequence[int]) -> None:
+        # S3 takes 10,000 parts at most, so those of a large object are larger than usual.
+        part_bytes = max(map(self._part_bytes, sizes), default=0)
+        needed = (len(sizes) + 1) * part_bytes
+        if len(sizes) > 1 and needed > self._memory_bytes:
+            raise OptionError(
+                f"{len(sizes)} objects are written at the same time, the largest of them in parts of {part_bytes} "
+                f"bytes: it takes {needed} bytes of memory for parts, and there are {self._memory_bytes}, half of "
+                "memory_bytes: raise it, or lower max_file_bytes",
+                uri=self.uri,
+            )
+
     async def create(self, name: str, size_bytes: int) -> NewFile:
         file = _Upload(self, name, size_bytes, self._part_bytes(size_bytes))
         try:

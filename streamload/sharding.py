@@ -130,10 +130,11 @@ def shard(
             ``pattern``, ``include``, ``exclude``, ``verify``; those that say where tensors go have no effect.
 
     Raises:
-        OptionError: Bad options; a tensor cannot be shared out; or the destination is, or lies in, the source.
+        OptionError: Bad options, ``verify="sha256"`` among them; too little memory for the objects of an object store;
+            a tensor cannot be shared out; or the destination is, or lies in, the source.
         CheckpointError: There is no valid checkpoint, or something else in the destination.
-        ChecksumError: The source is not what its manifest or its store says; nothing is left in the destination.
-        SourceError: It cannot be read, or not be written.
+        ChecksumError: The source is not what its manifest or its store says; nothing of it is in the destination.
+        SourceError: It cannot be read, or not be written; or another conversion has written there meanwhile.
     """
     _check_count("tp", tp)
     _check_count("pp", pp)
@@ -145,6 +146,11 @@ def shard(
     source, destination = os.fspath(src), os.fspath(dest)
     given = cast("Options", {**options, "rank": 0, "world_size": tp * pp, "pp_size": pp})
     task = WholeRead(source, given)
+    if task.options.verify == "sha256":
+        raise OptionError(
+            "verify='sha256' is not possible here: it sums up a file from its first byte to its last, and tensors are "
+            "read in another order; 'auto' and 'require' go by a manifest or the store's other checksums"
+        )
     _check_apart(source, destination)
     assert task.options.memory_bytes is not None
     # Half of it for reads, half for what is written.
@@ -201,7 +207,7 @@ class _Sharding:
         source |= {key: object for key, object in listed.items() if is_manifest(key)}
         made = Made(
             self._ranks,
-            f"{conversion.digest} {'verified' if verify else 'not verified'}",
+            f"{conversion.digest} {sums.digest}",
             {key: _version_of(object) for key, object in sorted(source.items())},
         )
         self._recorder.planned(len(conversion.catalog.files), conversion.tensors, conversion.nbytes)

@@ -313,6 +313,7 @@ def test_wrong_use(source: Path, tmp_path: Path) -> None:
         ({"tp": 2, "max_file_bytes": 0}, made, "max_file_bytes=0 is not"),
         ({"tp": 3}, made, "cannot be shared out"),
         ({"tp": 1, "pp": 9}, made, "3 layers cannot be shared out to 9 pipeline stages"),
+        ({"tp": 2, "verify": "sha256"}, made, "verify='sha256'"),
         ({"tp": 2, "world_size": 2}, made, "there is no option 'world_size' here: give tp"),
         ({"tp": 2, "pattern": "all-{part}.safetensors"}, made, "cannot tell ranks apart"),
         ({"tp": 2, "pattern": "r{rank}.safetensors", "max_file_bytes": MIB}, made, r"has no \{part\}"),

@@ -14,12 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from awscrt.checksums import crc64nvme
 
 import streamload
+from streamload.checksums import Checksum
 from streamload.errors import ChecksumError, SourceError
 from streamload.save.conversion import ConversionWriter
 from streamload.save.journal import JOURNAL_NAME, Journal
 from streamload.save.local import LocalDestination, _LocalFile
+from streamload.sources import SourceObject
+from streamload.sources.local import LocalSource
 from tests.checkpoints import write_sharded
 from tests.save.sharded import threads_of_ours
 from tests.servers import S3Bucket
@@ -211,6 +215,29 @@ def test_a_failed_one_does_not_disown_the_files_of_an_earlier_one(
     write_source(source, tensors, plus=2)
     streamload.shard(source, made, **OPTIONS)
     assert sorted(path.name for path in made.glob("*.txt")) == []
+    check(source, made, 2)
+
+
+@pytest.mark.parametrize("then", [False, True])
+def test_other_checksums_than_before_are_reason_to_begin_anew(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: bool
+) -> None:
+    """What has been read of a file that is to be compared as a whole must be summed up from its beginning."""
+    made = tmp_path / "made"
+    sums = {path.name: crc64nvme(path.read_bytes()) for path in source.glob("*.safetensors")}
+    kept = not then
+
+    async def checksum(self: LocalSource, object: SourceObject) -> Checksum | None:
+        return Checksum("CRC64NVME", sums[object.key]) if kept else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalSource, "checksum", checksum)
+        interrupt(source, made, 500_000)
+        assert journal_in(made).tensor
+        kept = then
+        again = streamload.shard(source, made, **OPTIONS)
+    assert again.resumed_bytes == 0
+    assert sum(again.verified.values()) == (again.nbytes if then else 0)
     check(source, made, 2)
 
 

@@ -211,7 +211,7 @@ class _Sharding:
             {key: _version_of(object) for key, object in sorted(source.items())},
         )
         self._recorder.planned(len(conversion.catalog.files), conversion.tensors, conversion.nbytes)
-        async with self._destination, open_source(self._uri) as self._written:
+        async with self._destination, open_source(self._uri) as self._place:
             await self._destination.claim(f"{JOURNAL_NAME}.lock")
             there, journal = await self._look()
             self._check_foreign(there, journal)
@@ -232,8 +232,8 @@ class _Sharding:
                     await self._copy(writer, object)
                 manifests = await writer.publish(manifests=True)
                 made_files = [*writer.files, *manifests, *(object.key for object in copied)]
-                there, _ = await self._look()
-                versions = {key: _version_of(there[key]) for key in made_files}
+                now = await writer.look()
+                versions = {key: _version_of(now[key]) for key in made_files}
                 await writer.done(versions)
             except BaseException as error:
                 # A bad source must not be gone on with. Anything else may be better the next time.
@@ -272,9 +272,9 @@ class _Sharding:
 
     async def _look(self) -> tuple[dict[str, SourceObject], Journal | None]:
         """What is in the destination, and what the journal says."""
-        fetcher = Fetcher(self._written, self._recorder)
+        fetcher = Fetcher(self._place, self._recorder)
         try:
-            there = {object.key: object for object in await fetcher.ask(self._written.list)}
+            there = {object.key: object for object in await fetcher.ask(self._place.list)}
         except NotFoundError:
             return {}, None
         object = there.get(JOURNAL_NAME)
@@ -387,13 +387,14 @@ class _Sharding:
 
     async def _copy(self, writer: ConversionWriter, object: SourceObject) -> None:
         """Copy a file that is no weight; it gets its name together with the weights."""
-        file = await writer.create_copy(object.key, object.size_bytes)
+        file = await writer.create_beside(object.key, object.size_bytes)
         memory = memoryview(bytearray(min(self._read_bytes, object.size_bytes)))
         for start in range(0, object.size_bytes, self._read_bytes):
             end = min(start + self._read_bytes, object.size_bytes)
             await self._fetcher.read(object, start, end, Loan([memory[: end - start]]))
             await file.write(memory[: end - start])
         await file.finish()
+        await file.leave()  # there may be many of them
 
     def _result(
         self, conversion: Conversion, there: Mapping[str, tuple[int, str]], resumed: int, copied: list[str]

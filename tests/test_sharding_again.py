@@ -24,6 +24,7 @@ from streamload.save.journal import JOURNAL_NAME, Journal
 from streamload.save.local import LocalDestination, _LocalFile
 from streamload.sources import SourceObject
 from streamload.sources.local import LocalSource
+from streamload.sources.s3_client import S3Client
 from tests.checkpoints import write_sharded
 from tests.save.sharded import threads_of_ours
 from tests.servers import S3Bucket
@@ -265,6 +266,28 @@ def test_a_journal_that_was_replaced_stays_where_that_did_not_end_well(
     again = streamload.shard(source, made, **OPTIONS)
     assert again.resumed_bytes == (again.nbytes if said.done else again.resumed_bytes) > 0
     check(source, made, 2)
+
+
+def test_nor_is_one_taken_back_whose_upload_had_no_answer(source: Path, s3_bucket: S3Bucket) -> None:
+    made, options = f"{s3_bucket.uri}/made", {"tp": 2, "memory_bytes": 64 * MIB, "max_file_bytes": 200_000}
+    call, put = S3Client.call, 0
+
+    async def losing(client: S3Client, operation: str, **arguments: Any) -> dict[str, Any]:
+        nonlocal put
+        answer = await call(client, operation, **arguments)
+        if operation == "complete_multipart_upload" and arguments["Key"].endswith(JOURNAL_NAME):
+            put += 1
+            if put == 2:
+                raise SourceError("no answer")
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Client, "call", losing)
+        with pytest.raises(SourceError, match="no answer"):
+            streamload.shard(source, made, **options)
+    assert streamload.shard(source, made, **options).resumed_bytes > 0
+    check(source, made, 2)
+    assert unfinished(s3_bucket) == []
 
 
 @pytest.mark.parametrize("moment", ["note", "publish"])

@@ -25,7 +25,7 @@ from streamload.save.sharded import METADATA
 from streamload.sources import SourceObject
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
-__all__ = ["ConversionWriter", "Look", "Pieces", "put", "views_of"]
+__all__ = ["ConversionWriter", "Look", "Pieces", "views_of"]
 
 Pieces: TypeAlias = Mapping[int, memoryview]
 """What a read has brought, by rank: the next bytes of that rank's file."""
@@ -134,7 +134,7 @@ class ConversionWriter:
         self._older = dict(older)
         self._group = 0
         self._files: dict[str, _RankFile] = {}  # all of them, those that were finished before included
-        self._copies: dict[str, NewFile] = {}
+        self._beside: dict[str, NewFile] = {}
         self._open: dict[int, _RankFile] = {}  # those of the group that is being read, by rank
         self._noted: frozenset[str] = frozenset()
         self._threads = DaemonExecutor(1, name="streamload-scatter")
@@ -267,9 +267,9 @@ class ConversionWriter:
         await self._put_journal(Journal(self._made, group, tensor, files, sums, list(self._older)))
         return True
 
-    async def create_copy(self, name: str, size_bytes: int) -> NewFile:
-        """Begin a file that is no rank's; the caller writes and finishes it."""
-        self._copies[name] = file = await self._destination.create(name, size_bytes)
+    async def create_beside(self, name: str, size_bytes: int) -> NewFile:
+        """Begin a file that goes with the ranks' own; the caller writes and finishes it."""
+        self._beside[name] = file = await self._destination.create(name, size_bytes)
         return file
 
     async def publish(self, *, manifests: bool) -> list[str]:
@@ -280,8 +280,8 @@ class ConversionWriter:
         """
         of_ranks = [names.manifest for names in self._names]
         new = {name for name, file in self._files.items() if file.file.published}
-        there = await self._look_again()
-        older = [name for name in self._older if name in there and name not in new and name not in self._copies]
+        there = await self.look()
+        older = [name for name in self._older if name in there and name not in new and name not in self._beside]
         for name in older:
             if (there[name].size_bytes, there[name].version) != self._older[name]:
                 raise SourceError("somebody has written this file since the conversion began", object=name)
@@ -293,14 +293,18 @@ class ConversionWriter:
         for name in older:
             if name not in of_ranks:
                 await self._destination.remove(name)
-        for copy in self._copies.values():
-            await copy.publish()
+        for beside in self._beside.values():
+            await beside.publish()
         for file in reversed(self._files.values()):
             await file.file.publish()
         if not manifests:
             return []
         for rank, name in enumerate(of_ranks):
-            await put(self._destination, name, encode_manifest(list(self._said_of(rank))))
+            content = encode_manifest(list(self._said_of(rank)))
+            manifest = await self.create_beside(name, len(content))
+            await manifest.write(memoryview(content))
+            await manifest.finish()
+            await manifest.publish()
         return of_ranks
 
     async def done(self, versions: Mapping[str, tuple[int, str]]) -> None:
@@ -316,9 +320,9 @@ class ConversionWriter:
         """
         if not keep:
             await self._tolerating(self._forget())
-        for copy in self._copies.values():
+        for beside in self._beside.values():
             # One that is there has taken the place of an older one, and the next conversion replaces it.
-            await self._tolerating(copy.leave() if keep and copy.published else copy.discard())
+            await self._tolerating(beside.leave() if keep and beside.published else beside.discard())
         for name, file in reversed(self._files.items()):
             if keep and name in self._noted:
                 await self._tolerating(file.file.leave())
@@ -344,11 +348,15 @@ class ConversionWriter:
         if self._older:
             await self.begin_anew()
         else:
-            await self._look_again()
+            await self.look()
             await self._destination.remove(JOURNAL_NAME)
 
-    async def _look_again(self) -> Mapping[str, SourceObject]:
-        """What is in the destination, where no other conversion has been; not every place could refuse it."""
+    async def look(self) -> Mapping[str, SourceObject]:
+        """What is in the destination.
+
+        Raises:
+            SourceError: It cannot be said; or another conversion has been there: not every place can refuse it.
+        """
         try:
             there, journal = await self._look()
             other = journal != self._journal
@@ -362,7 +370,7 @@ class ConversionWriter:
         return there
 
     async def _put_journal(self, journal: Journal) -> None:
-        await self._look_again()
+        await self.look()
         content = journal.encode()
         file = await self._destination.create(JOURNAL_NAME, len(content))
         try:
@@ -405,22 +413,6 @@ class ConversionWriter:
             yield ManifestFile(
                 name, file.file.size_bytes, file.header_bytes, file.header_checksum, BLOCK_BYTES, tuple(said)
             )
-
-
-async def put(destination: Destination, name: str, content: bytes) -> None:
-    """Write a small file, there whole or not at all.
-
-    Raises:
-        SourceError: It cannot be written.
-    """
-    file = await destination.create(name, len(content))
-    try:
-        await file.write(memoryview(content))
-        await file.finish()
-        await file.publish()
-    except BaseException:
-        await file.discard()
-        raise
 
 
 def views_of(part: TensorInfo, view: memoryview, span: Span) -> Iterable[memoryview]:

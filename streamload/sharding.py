@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Unpack, cast
@@ -130,10 +130,11 @@ def shard(
             ``pattern``, ``include``, ``exclude``, ``verify``; those that say where tensors go have no effect.
 
     Raises:
-        OptionError: Bad options; a tensor cannot be shared out; or the destination is, or lies in, the source.
+        OptionError: Bad options, ``verify="sha256"`` among them; too little memory for the objects of an object store;
+            a tensor cannot be shared out; or the destination is, or lies in, the source.
         CheckpointError: There is no valid checkpoint, or something else in the destination.
-        ChecksumError: The source is not what its manifest or its store says; nothing is left in the destination.
-        SourceError: It cannot be read, or not be written.
+        ChecksumError: The source is not what its manifest or its store says; nothing of it is in the destination.
+        SourceError: It cannot be read, or not be written; or another conversion has written there meanwhile.
     """
     _check_count("tp", tp)
     _check_count("pp", pp)
@@ -145,6 +146,11 @@ def shard(
     source, destination = os.fspath(src), os.fspath(dest)
     given = cast("Options", {**options, "rank": 0, "world_size": tp * pp, "pp_size": pp})
     task = WholeRead(source, given)
+    if task.options.verify == "sha256":
+        raise OptionError(
+            "verify='sha256' is not possible here: it sums up a file from its first byte to its last, and tensors are "
+            "read in another order; 'auto' and 'require' go by a manifest or the store's other checksums"
+        )
     _check_apart(source, destination)
     assert task.options.memory_bytes is not None
     # Half of it for reads, half for what is written.
@@ -192,24 +198,30 @@ class _Sharding:
         for rank, of_rank in enumerate(self._names):
             for group in range(len(conversion.groups)):
                 of_rank.name(conversion.part(rank, group) or 0)  # a pattern without parts cannot name a second file
+        for group in conversion.groups:
+            # But for the headers: better now than in the middle.
+            self._destination.check_fits([sum(conversion.sizes(rank, group)) for rank in range(len(self._names))])
         sums = await self._watch(found, conversion)
         copied = [object for key, object in listed.items() if _is_copied(key)]
         source = {object.key: object for object in (*found.objects.values(), *copied)}
         source |= {key: object for key, object in listed.items() if is_manifest(key)}
         made = Made(
             self._ranks,
-            f"{conversion.digest} {'verified' if verify else 'not verified'}",
-            {key: (object.size_bytes, object.version) for key, object in sorted(source.items())},
+            f"{conversion.digest} {sums.digest}",
+            {key: _version_of(object) for key, object in sorted(source.items())},
         )
         self._recorder.planned(len(conversion.catalog.files), conversion.tensors, conversion.nbytes)
-        async with self._destination:
+        async with self._destination, open_source(self._uri) as self._place:
             await self._destination.claim(f"{JOURNAL_NAME}.lock")
             there, journal = await self._look()
             self._check_foreign(there, journal)
             if journal is not None and journal.made == made and journal.done and _is_done(journal, there):
                 return self._result(conversion, journal.done, conversion.nbytes, [object.key for object in copied])
-            writer, begun = await self._resume(conversion, made, journal)
+            writer, begun = await self._resume(conversion, made, there, journal, {object.key for object in copied})
             try:
+                if begun is None:
+                    await writer.begin_anew()
+                    begun = Journal(made)
                 resumed = conversion.nbytes_before(begun.tensor)
                 if begun.files:
                     sums.restore(begun.sums)
@@ -217,11 +229,11 @@ class _Sharding:
                 await self._convert(conversion, writer, sums, found.objects, begun)
                 sums.check_complete()
                 for object in copied:
-                    await self._copy(object)
+                    await self._copy(writer, object)
                 manifests = await writer.publish(manifests=True)
                 made_files = [*writer.files, *manifests, *(object.key for object in copied)]
-                there, _ = await self._look()
-                versions = {key: (there[key].size_bytes, there[key].version) for key in made_files}
+                now = await writer.look()
+                versions = {key: _version_of(now[key]) for key in made_files}
                 await writer.done(versions)
             except BaseException as error:
                 # A bad source must not be gone on with. Anything else may be better the next time.
@@ -260,17 +272,16 @@ class _Sharding:
 
     async def _look(self) -> tuple[dict[str, SourceObject], Journal | None]:
         """What is in the destination, and what the journal says."""
-        async with open_source(self._uri) as source:
-            fetcher = Fetcher(source, self._recorder)
-            try:
-                there = {object.key: object for object in await fetcher.ask(source.list)}
-            except NotFoundError:
-                return {}, None
-            object = there.get(JOURNAL_NAME)
-            if object is None:
-                return there, None
-            content = bytearray(min(object.size_bytes, MAX_MANIFEST_BYTES))
-            await fetcher.read(object, 0, len(content), Loan([memoryview(content)]))
+        fetcher = Fetcher(self._place, self._recorder)
+        try:
+            there = {object.key: object for object in await fetcher.ask(self._place.list)}
+        except NotFoundError:
+            return {}, None
+        object = there.get(JOURNAL_NAME)
+        if object is None:
+            return there, None
+        content = bytearray(min(object.size_bytes, MAX_MANIFEST_BYTES))
+        await fetcher.read(object, 0, len(content), Loan([memoryview(content)]))
         try:
             return there, Journal.parse(content)
         except CheckpointError as error:
@@ -279,7 +290,8 @@ class _Sharding:
     def _check_foreign(self, there: Mapping[str, SourceObject], journal: Journal | None) -> None:
         """Refuse a destination in which something else lies."""
         where = scrub_uri(self._uri)
-        if journal is not None and journal.made.ranks != self._ranks:
+        begun = journal is not None and (journal.files or journal.done or journal.older)
+        if journal is not None and begun and journal.made.ranks != self._ranks:
             tp, pp, pattern = journal.made.ranks
             raise CheckpointError(
                 f"there is a conversion for tp={tp} and pp={pp} ({pattern}), and what is asked for is "
@@ -297,14 +309,25 @@ class _Sharding:
             )
 
     async def _resume(
-        self, conversion: Conversion, made: Made, journal: Journal | None
-    ) -> tuple[ConversionWriter, Journal]:
-        """What writes, and how far it is."""
-        older = [] if journal is None else sorted({*journal.older, *journal.files, *journal.done} - {JOURNAL_NAME})
-        older = [name for name in older if _is_weights(name) or is_manifest(name)]
-        mine = partial(_is_mine, names=self._names)
+        self,
+        conversion: Conversion,
+        made: Made,
+        there: Mapping[str, SourceObject],
+        journal: Journal | None,
+        copied: Collection[str],
+    ) -> tuple[ConversionWriter, Journal | None]:
+        """What writes, and how far it is; None where it begins anew."""
+
+        def writer_over(older: Iterable[str]) -> ConversionWriter:
+            versions = {name: _version_of(there[name]) for name in older if name in there}
+            return ConversionWriter(
+                self._destination, conversion, self._names, made, look=self._look, journal=journal, older=versions
+            )
+
+        copies = {*copied, *(key for key in (journal.made.source if journal else ()) if _is_copied(key))}
+        mine = partial(_is_mine, names=self._names, copies=copies)
         if journal is not None and journal.made == made and not journal.done:
-            writer = ConversionWriter(self._destination, conversion, self._names, made, journal.older)
+            writer = writer_over(journal.older)
             await self._destination.prepare(mine, {name: file.kept for name, file in journal.files.items()})
             try:
                 if await writer.reopen(journal):
@@ -313,11 +336,11 @@ class _Sharding:
                 await writer.give_up(keep=True)
                 await writer.aclose()
                 raise
-            await writer.give_up(keep=False)
+            # What there is of them is cleared up below, or replaced at the end.
+            await writer.give_up(keep=True)
             await writer.aclose()
         await self._destination.prepare(mine)
-        writer = ConversionWriter(self._destination, conversion, self._names, made, older)
-        return writer, Journal(made)
+        return writer_over(_older(journal, there, copied)), None
 
     async def _convert(
         self,
@@ -362,20 +385,16 @@ class _Sharding:
             await writer.note(numbers.stop, sums.state(), group=group + 1)
             noted = 0
 
-    async def _copy(self, object: SourceObject) -> None:
-        """Copy a file that is no weight."""
-        file = await self._destination.create(object.key, object.size_bytes)
-        try:
-            memory = memoryview(bytearray(min(self._read_bytes, object.size_bytes)))
-            for start in range(0, object.size_bytes, self._read_bytes):
-                end = min(start + self._read_bytes, object.size_bytes)
-                await self._fetcher.read(object, start, end, Loan([memory[: end - start]]))
-                await file.write(memory[: end - start])
-            await file.finish()
-            await file.publish()
-        except BaseException:
-            await file.discard()
-            raise
+    async def _copy(self, writer: ConversionWriter, object: SourceObject) -> None:
+        """Copy a file that is no weight; it gets its name together with the weights."""
+        file = await writer.create_beside(object.key, object.size_bytes)
+        memory = memoryview(bytearray(min(self._read_bytes, object.size_bytes)))
+        for start in range(0, object.size_bytes, self._read_bytes):
+            end = min(start + self._read_bytes, object.size_bytes)
+            await self._fetcher.read(object, start, end, Loan([memory[: end - start]]))
+            await file.write(memory[: end - start])
+        await file.finish()
+        await file.leave()  # there may be many of them
 
     def _result(
         self, conversion: Conversion, there: Mapping[str, tuple[int, str]], resumed: int, copied: list[str]
@@ -421,7 +440,8 @@ async def _in_order(
     free: list[memoryview] = []
     slots = asyncio.Semaphore(reads)
     asked: asyncio.Queue[tuple[Span, memoryview, asyncio.Task[Loan]] | None] = asyncio.Queue()
-    ready: asyncio.Queue[tuple[Span, memoryview, Loan, Pieces] | None] = asyncio.Queue()
+    # What is cut may be a copy, and so has memory of its own: of one read that waits, and one on each side of it.
+    ready: asyncio.Queue[tuple[Span, memoryview, Loan, Pieces] | None] = asyncio.Queue(1)
 
     async def ask(group: asyncio.TaskGroup) -> None:
         for span in spans:
@@ -435,8 +455,8 @@ async def _in_order(
         while (item := await asked.get()) is not None:
             span, memory, task = item
             loan = await task
-            ready.put_nowait((span, memory, loan, await cut(span, loan.views[0])))
-        ready.put_nowait(None)
+            await ready.put((span, memory, loan, await cut(span, loan.views[0])))
+        await ready.put(None)
 
     async with asyncio.TaskGroup() as group:
         group.create_task(ask(group))
@@ -463,15 +483,27 @@ def _is_copied(key: str) -> bool:
     return not key.endswith(_WEIGHTS) and not key.startswith(".") and not is_manifest(key)
 
 
-def _is_mine(name: str, names: list[RankFiles]) -> bool:
-    return name == JOURNAL_NAME or any(name == each.manifest or each.is_mine(name) for each in names)
+def _is_mine(name: str, names: list[RankFiles], copies: Collection[str]) -> bool:
+    return name == JOURNAL_NAME or name in copies or any(name == each.manifest or each.is_mine(name) for each in names)
+
+
+def _older(journal: Journal | None, there: Mapping[str, SourceObject], copied: Collection[str]) -> list[str]:
+    """What an earlier conversion has left, in the order in which it goes: nothing is a checkpoint without weights."""
+    if journal is None:
+        return []
+    names = there.keys() & {*journal.older, *journal.files, *journal.done}
+    # A copy that somebody has changed is not the conversion's any more; and those that come again are replaced.
+    changed = {name for name in names & journal.done.keys() if _version_of(there[name]) != journal.done[name]}
+    ours = (name for name in names if _is_weights(name) or is_manifest(name) or name not in {*changed, *copied})
+    return sorted(ours, key=lambda name: (not _is_weights(name), name))
+
+
+def _version_of(object: SourceObject) -> tuple[int, str]:
+    return object.size_bytes, object.version
 
 
 def _is_done(journal: Journal, there: Mapping[str, SourceObject]) -> bool:
-    return all(
-        name in there and (there[name].size_bytes, there[name].version) == version
-        for name, version in journal.done.items()
-    )
+    return all(name in there and _version_of(there[name]) == version for name, version in journal.done.items())
 
 
 def _check_count(name: str, value: int) -> None:

@@ -23,9 +23,12 @@ import streamload
 from streamload import Absent, Experts, PackedShard, Placement, Replicate, Shard
 from streamload.checksums import Checksum
 from streamload.errors import CheckpointError, ChecksumError, OptionError, SourceError
-from streamload.save.conversion import ConversionWriter
+from streamload.loan import Loan
+from streamload.plan import Span
+from streamload.save.conversion import ConversionWriter, Pieces
 from streamload.save.journal import JOURNAL_NAME
 from streamload.save.local import _LocalFile
+from streamload.sharding import _in_order
 from streamload.sources import SourceObject
 from streamload.sources.s3 import S3Source
 from tests.checkpoints import raw_checkpoint, same_tensor, write_sharded
@@ -310,6 +313,7 @@ def test_wrong_use(source: Path, tmp_path: Path) -> None:
         ({"tp": 2, "max_file_bytes": 0}, made, "max_file_bytes=0 is not"),
         ({"tp": 3}, made, "cannot be shared out"),
         ({"tp": 1, "pp": 9}, made, "3 layers cannot be shared out to 9 pipeline stages"),
+        ({"tp": 2, "verify": "sha256"}, made, "verify='sha256'"),
         ({"tp": 2, "world_size": 2}, made, "there is no option 'world_size' here: give tp"),
         ({"tp": 2, "pattern": "all-{part}.safetensors"}, made, "cannot tell ranks apart"),
         ({"tp": 2, "pattern": "r{rank}.safetensors", "max_file_bytes": MIB}, made, r"has no \{part\}"),
@@ -319,6 +323,12 @@ def test_wrong_use(source: Path, tmp_path: Path) -> None:
     for options, where, cause in cases:
         with pytest.raises(OptionError, match=cause):
             streamload.shard(source, where, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamload.save.s3._MOST_PARTS", 1)
+        with pytest.raises(
+            OptionError, match=r"2 objects .* in parts of 6536192 bytes: it takes 19608576 .* 16777216,"
+        ):
+            streamload.shard(source, "s3://never-asked/made", tp=2, max_file_bytes=None, memory_bytes=32 * MIB)
     with pytest.raises(OptionError, match="is the source"):
         streamload.shard(next(source.glob("*.safetensors")), source, tp=2)
     assert not made.exists()
@@ -524,6 +534,45 @@ def test_memory_stays_within_its_limit(tmp_path: Path) -> None:
     found = measured(source, tmp_path / "made", 8, 32 * MIB, '{"*": streamload.Shard(1)}')
     assert found["above"] <= (32 + 64) * MIB
     assert not found["torch"]
+
+
+def test_little_is_cut_ahead_of_what_is_written() -> None:
+    cut = written = most = 0
+
+    async def fetch(span: Span, memory: memoryview) -> Loan:
+        return Loan([memory])
+
+    async def cut_out(span: Span, view: memoryview) -> Pieces:
+        nonlocal cut, most
+        cut += 1
+        most = max(most, cut - written)
+        return {}
+
+    async def write(span: Span, loan: Loan, pieces: Pieces) -> None:
+        nonlocal written
+        for _ in range(100):  # all others have their turns
+            await asyncio.sleep(0)
+        written += 1
+
+    spans = (Span(0, number, number + 1, number, number + 1, True) for number in range(20))
+    asyncio.run(_in_order(spans, 20, 1, fetch, cut_out, write))
+    assert (written, most) == (20, 3)
+
+
+@pytest.mark.parametrize(("tp", "placements"), [(1, "auto"), (2, {"*": Replicate()})])
+def test_neighbouring_tensors_are_written_without_a_copy(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp: int, placements: Any
+) -> None:
+    write, owners = ConversionWriter.write, []
+
+    async def noting(self: ConversionWriter, pieces: Pieces) -> None:
+        owners.extend(type(piece.obj) for piece in pieces.values())
+        await write(self, pieces)
+
+    monkeypatch.setattr(ConversionWriter, "write", noting)
+    streamload.shard(small, tmp_path / "made", tp=tp, placements=placements)
+    assert set(owners) == {bytearray}, "what is read into, not bytes that were joined"
+    check(small, tmp_path / "made", tp, placements=placements)
 
 
 def test_many_small_tensors_take_little_memory(tmp_path: Path) -> None:

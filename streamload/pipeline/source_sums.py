@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
@@ -31,6 +32,12 @@ class _File:
         self._says = says
         # Stretches of which something has come, and not all.
         self.begun: dict[int, PartialChecksum] = {}
+
+    def digest(self) -> bytes:
+        """Tells this from what another process has compared the file with."""
+        return hashlib.sha256(
+            b"\0".join([self.algorithm.encode(), self._ends.tobytes(), self._values.tobytes()])
+        ).digest()
 
     def running(self, start: int) -> RunningChecksum:
         ends = islice(self._ends, bisect_right(self._ends, start), None)
@@ -185,6 +192,14 @@ class SourceSums:
             for key, watched in self._files.items()
             if watched.begun
         }
+
+    @property
+    def digest(self) -> str:
+        """Tells what files have to sum up to from what they had to for another process: a state fits only the same."""
+        digest = hashlib.sha256(b"off" if self._off else b"")
+        for key, watched in sorted(self._files.items()):
+            digest.update(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest() + watched.digest())
+        return digest.hexdigest()
 
     def restore(self, state: Mapping[str, Mapping[str, list[list[int]]]]) -> None:
         """Go on from a state; the headers are in it."""

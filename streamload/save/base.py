@@ -41,9 +41,11 @@ class NewFile(ABC):
         name: What it will be called.
         size_bytes: How long it will be.
         published: Whether it is under its name; where it is, `publish` does nothing.
+        doubtful: Whether nobody knows if it is under its name: it should have come there, and no answer has.
     """
 
     published = False
+    doubtful = False
 
     def __init__(self, name: str, size_bytes: int) -> None:
         self.name = name
@@ -150,6 +152,14 @@ class Destination(ABC):
         """
 
     @abstractmethod
+    def check_fits(self, sizes: Sequence[int]) -> None:
+        """See that one task can write files of these lengths in turns, and none of them waits for memory for ever.
+
+        Raises:
+            OptionError: There is too little memory for that.
+        """
+
+    @abstractmethod
     async def create(self, name: str, size_bytes: int) -> NewFile:
         """Begin a file.
 
@@ -162,13 +172,16 @@ class Destination(ABC):
         """
 
     @abstractmethod
-    async def reopen(self, name: str, size_bytes: int, kept: Mapping[str, Any]) -> NewFile | None:
+    async def reopen(
+        self, name: str, size_bytes: int, kept: Mapping[str, Any], sums: Sequence[tuple[int, int]] = ()
+    ) -> NewFile | None:
         """Go on with a file that another process has begun.
 
         Args:
             name: What it will be called.
             size_bytes: How long it will be.
             kept: What `NewFile.keep` said of it.
+            sums: Where it is not finished: length and CRC-64/NVME of the stretches that were written, in order.
 
         Returns:
             The file as it was then, or published since; None where that is not there any more.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from streamload.checkpoint import (
@@ -17,17 +17,23 @@ from streamload.checkpoint import (
     encode_manifest,
 )
 from streamload.checksums import BlockSums, RunningChecksum
-from streamload.errors import StreamloadError
+from streamload.errors import ObjectChangedError, SourceError, StreamloadError
 from streamload.plan import Conversion, Span
 from streamload.save.base import Destination, NewFile
 from streamload.save.journal import JOURNAL_NAME, Journal, KeptFile, Made
 from streamload.save.sharded import METADATA
+from streamload.sources import SourceObject
 from streamload.sources.threads import DaemonExecutor, ThreadCall
 
-__all__ = ["ConversionWriter", "Pieces", "put", "views_of"]
+__all__ = ["ConversionWriter", "Look", "Pieces", "views_of"]
 
 Pieces: TypeAlias = Mapping[int, memoryview]
 """What a read has brought, by rank: the next bytes of that rank's file."""
+
+Look: TypeAlias = Callable[[], Awaitable[tuple[Mapping[str, SourceObject], Journal | None]]]
+"""Says which files there are, and what the journal among them says."""
+
+NOTHING_OLDER: Mapping[str, tuple[int, str]] = {}
 
 _log = logging.getLogger("streamload.save")
 
@@ -66,6 +72,31 @@ class _RankFile:
         return KeptFile(self.file.size_bytes, self.header_bytes, self.header_checksum, sums, self.kept or {})
 
 
+class _Views:
+    """A rank's bytes in a read, tensor after tensor; neighbours are one piece, which needs no copy."""
+
+    def __init__(self, view: memoryview, span: Span) -> None:
+        self.views: list[memoryview] = []
+        self._view = view
+        self._span = span
+        # Where in the file the last piece begins and ends, if another one may follow it.
+        self._start = self._end = -1
+
+    def add(self, part: TensorInfo) -> None:
+        span = self._span
+        if len(part.stripes) > 1 or (part.stripes and part.stripes[0].count > 1):
+            self.views += views_of(part, self._view, span)
+            self._end = -1
+            return
+        for start, _, nbytes in part.runs(span.start, span.end):
+            if start == self._end:
+                self.views.pop()
+            else:
+                self._start = start
+            self._end = start + nbytes
+            self.views.append(self._view[self._start - span.start : self._end - span.start])
+
+
 class ConversionWriter:
     """Writes the files of a conversion, and a journal beside them.
 
@@ -77,7 +108,10 @@ class ConversionWriter:
         conversion: What goes where.
         names: What each rank's files are called.
         made: For the journal.
-        older: Files of an earlier conversion that are there, and will be replaced or removed.
+        look: Says what is in the destination, and what the journal there says.
+        journal: What it said last.
+        older: Files of an earlier conversion that are there, and will be replaced or removed, in this order: size and
+            version of each.
     """
 
     def __init__(
@@ -86,15 +120,21 @@ class ConversionWriter:
         conversion: Conversion,
         names: Sequence[RankFiles],
         made: Made,
-        older: Sequence[str] = (),
+        *,
+        look: Look,
+        journal: Journal | None = None,
+        older: Mapping[str, tuple[int, str]] = NOTHING_OLDER,
     ) -> None:
         self._destination = destination
         self._conversion = conversion
         self._names = names
         self._made = made
-        self._older = list(older)
+        self._look = look
+        self._journal = journal  # as this conversion found it, or has written it
+        self._older = dict(older)
         self._group = 0
         self._files: dict[str, _RankFile] = {}  # all of them, those that were finished before included
+        self._beside: dict[str, NewFile] = {}
         self._open: dict[int, _RankFile] = {}  # those of the group that is being read, by rank
         self._noted: frozenset[str] = frozenset()
         self._threads = DaemonExecutor(1, name="streamload-scatter")
@@ -104,25 +144,39 @@ class ConversionWriter:
         """How long each file is, by its name."""
         return {name: file.file.size_bytes for name, file in self._files.items()}
 
+    async def begin_anew(self) -> None:
+        """Write down that nothing is done yet.
+
+        Before anything is: a journal of an earlier conversion must not be there together with files of this one.
+        """
+        await self._put_journal(Journal(self._made, older=list(self._older)))
+
     async def reopen(self, journal: Journal) -> bool:
         """Have the files as the journal says; whether all of them are there."""
         self._group, self._noted = journal.group, frozenset(journal.files)
+        ranks: dict[str, int] = {}
+        if journal.group < len(self._conversion.groups):
+            ranks = {name: rank for rank, name in self._names_of(journal.group)}
         for name, said in journal.files.items():
-            file = await self._destination.reopen(name, said.size_bytes, said.kept)
+            sums: list[tuple[int, int]] = []
+            if name in ranks:
+                before = range(self._conversion.groups[journal.group].start, journal.tensor)
+                lengths = _blocks(list(self._conversion.sizes(ranks[name], before)))
+                sums = [(said.header_bytes, said.header_checksum), *zip(lengths, _values(said.sums), strict=False)]
+            file = await self._destination.reopen(name, said.size_bytes, said.kept, sums)
             if file is None:
                 return False
             self._files[name] = _RankFile(
                 file, said.header_bytes, said.header_checksum, BlockSums((), _values(said.sums))
             )
             self._files[name].position = file.size_bytes
-        if journal.group < len(self._conversion.groups):
-            rest = range(journal.tensor, self._conversion.groups[journal.group].stop)
-            for rank, name in self._names_of(journal.group):
-                if name in self._files:
-                    self._open[rank] = again = self._files[name]
-                    sizes = list(self._conversion.sizes(rank, rest))
-                    again.sums = BlockSums(_blocks(sizes), again.sums.values)
-                    again.position -= sum(sizes)
+        for name, rank in ranks.items():
+            if name in self._files:
+                rest = range(journal.tensor, self._conversion.groups[journal.group].stop)
+                self._open[rank] = again = self._files[name]
+                sizes = list(self._conversion.sizes(rank, rest))
+                again.sums = BlockSums(_blocks(sizes), again.sums.values)
+                again.position -= sum(sizes)
         for name, again in self._files.items():
             again.blocks = len(again.sums.values)
             again.kept, again.kept_at = journal.files[name].kept, again.position
@@ -135,10 +189,13 @@ class ConversionWriter:
         self._group = group
         if self._open:
             return
+        lengths: list[int] = []
         for rank, name in self._names_of(group):
             header = encode_header(self._conversion.entries(rank, group), metadata=METADATA)
             sizes = list(self._conversion.sizes(rank, self._conversion.groups[group]))
-            file = await self._destination.create(name, len(header) + sum(sizes))
+            lengths.append(len(header) + sum(sizes))
+            self._destination.check_fits(lengths)
+            file = await self._destination.create(name, lengths[-1])
             running = RunningChecksum("CRC64NVME")
             running.add(memoryview(header))
             sums = BlockSums(_blocks(sizes))
@@ -161,13 +218,14 @@ class ConversionWriter:
             raise
 
     def _cut(self, span: Span, view: memoryview) -> Pieces:
-        found: dict[int, list[memoryview]] = {rank: [] for rank in self._open}
+        found = {rank: _Views(view, span) for rank in self._open}
         for number in range(span.first, span.stop):
             for rank, part in enumerate(self._conversion.slices(number)):
                 if part is not None:
-                    found[rank] += views_of(part, view, span)
+                    found[rank].add(part)
         pieces: dict[int, memoryview] = {}
-        for rank, views in found.items():
+        for rank, each in found.items():
+            views = each.views
             if views:
                 pieces[rank] = views[0] if len(views) == 1 else memoryview(b"".join(views))
                 self._open[rank].sums.add(pieces[rank])
@@ -206,28 +264,47 @@ class ConversionWriter:
                 await file.file.leave()
             self._open = {}
         files = {name: file.described() for name, file in self._files.items()}
-        await self._put_journal(Journal(self._made, group, tensor, files, sums, self._older))
-        self._noted = frozenset(files)
+        await self._put_journal(Journal(self._made, group, tensor, files, sums, list(self._older)))
         return True
 
+    async def create_beside(self, name: str, size_bytes: int) -> NewFile:
+        """Begin a file that goes with the ranks' own; the caller writes and finishes it."""
+        self._beside[name] = file = await self._destination.create(name, size_bytes)
+        return file
+
     async def publish(self, *, manifests: bool) -> list[str]:
-        """Put all files under their names, and remove what an earlier conversion has left; the manifests' names."""
+        """Put all files under their names, and remove what an earlier conversion has left; the manifests' names.
+
+        Raises:
+            SourceError: It cannot be done; or another conversion has been there, and nothing was touched.
+        """
         of_ranks = [names.manifest for names in self._names]
+        new = {name for name, file in self._files.items() if file.file.published}
+        there = await self.look()
+        older = [name for name in self._older if name in there and name not in new and name not in self._beside]
+        for name in older:
+            if (there[name].size_bytes, there[name].version) != self._older[name]:
+                raise SourceError("somebody has written this file since the conversion began", object=name)
         for name in of_ranks:
             # It may tell of what is about to be replaced.
             await self._destination.remove(name)
         # Old files and new ones are never there together, and the part without which a rank has none comes last:
         # whoever looks in between, or after a kill, finds no checkpoint rather than a part of one.
-        new = {name for name, file in self._files.items() if file.file.published}
-        for name in self._older:
-            if name not in new and name not in of_ranks:
+        for name in older:
+            if name not in of_ranks:
                 await self._destination.remove(name)
+        for beside in self._beside.values():
+            await beside.publish()
         for file in reversed(self._files.values()):
             await file.file.publish()
         if not manifests:
             return []
         for rank, name in enumerate(of_ranks):
-            await put(self._destination, name, encode_manifest(list(self._said_of(rank))))
+            content = encode_manifest(list(self._said_of(rank)))
+            manifest = await self.create_beside(name, len(content))
+            await manifest.write(memoryview(content))
+            await manifest.finish()
+            await manifest.publish()
         return of_ranks
 
     async def done(self, versions: Mapping[str, tuple[int, str]]) -> None:
@@ -238,10 +315,14 @@ class ConversionWriter:
         """End a conversion that has failed.
 
         Args:
-            keep: Whether what the journal tells of stays there. Where not, the journal goes too.
+            keep: Whether what the journal tells of stays there. Where not, the journal goes too, but for what it says
+                of an earlier conversion's files.
         """
         if not keep:
-            await self._tolerating(self._destination.remove(JOURNAL_NAME))
+            await self._tolerating(self._forget())
+        for beside in self._beside.values():
+            # One that is there has taken the place of an older one, and the next conversion replaces it.
+            await self._tolerating(beside.leave() if keep and beside.published else beside.discard())
         for name, file in reversed(self._files.items()):
             if keep and name in self._noted:
                 await self._tolerating(file.file.leave())
@@ -263,8 +344,49 @@ class ConversionWriter:
             # What the conversion failed of matters more.
             _log.warning("something is left of a conversion that failed: %s", error)
 
+    async def _forget(self) -> None:
+        if self._older:
+            await self.begin_anew()
+        else:
+            await self.look()
+            await self._destination.remove(JOURNAL_NAME)
+
+    async def look(self) -> Mapping[str, SourceObject]:
+        """What is in the destination.
+
+        Raises:
+            SourceError: It cannot be said; or another conversion has been there: not every place can refuse it.
+        """
+        try:
+            there, journal = await self._look()
+            other = journal != self._journal
+        except ObjectChangedError:  # between two requests; the checkpoint that is converted has not
+            other = True
+        if other:
+            raise SourceError(
+                "another conversion into the same place has begun or ended since this one did: this one is given up",
+                object=JOURNAL_NAME,
+            )
+        return there
+
     async def _put_journal(self, journal: Journal) -> None:
-        await put(self._destination, JOURNAL_NAME, journal.encode())
+        await self.look()
+        content = journal.encode()
+        file = await self._destination.create(JOURNAL_NAME, len(content))
+        try:
+            await file.write(memoryview(content))
+            await file.finish()
+            await file.publish()
+        except BaseException:
+            if file.published or file.doubtful:
+                # It is true, and the one before is gone, perhaps: what either tells of has to stay.
+                self._noted |= frozenset(journal.files)
+                self._journal = journal
+                await file.leave()
+            else:
+                await file.discard()
+            raise
+        self._noted, self._journal = frozenset(journal.files), journal
 
     def _names_of(self, group: int) -> Iterator[tuple[int, str]]:
         for rank, names in enumerate(self._names):
@@ -291,22 +413,6 @@ class ConversionWriter:
             yield ManifestFile(
                 name, file.file.size_bytes, file.header_bytes, file.header_checksum, BLOCK_BYTES, tuple(said)
             )
-
-
-async def put(destination: Destination, name: str, content: bytes) -> None:
-    """Write a small file, there whole or not at all.
-
-    Raises:
-        SourceError: It cannot be written.
-    """
-    file = await destination.create(name, len(content))
-    try:
-        await file.write(memoryview(content))
-        await file.finish()
-        await file.publish()
-    except BaseException:
-        await file.discard()
-        raise
 
 
 def views_of(part: TensorInfo, view: memoryview, span: Span) -> Iterable[memoryview]:

@@ -23,7 +23,7 @@ class Made:
     Attributes:
         ranks: How many ranks share each layer, how many pipeline stages there are, and the pattern of the files' names:
             where these differ, files of the two cannot lie in one folder.
-        digest: Tells its slices and files from those of any other one.
+        digest: Tells its slices and files, and what the source has to sum up to, from those of any other one.
         source: Size and version of each file that is read, by its key.
     """
 

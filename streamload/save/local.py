@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from streamload.checksums import BlockSums
 from streamload.errors import SourceError
 from streamload.save.base import NOTHING_KEPT, Ask, Destination, NewFile
 from streamload.sources.local import path_of
@@ -75,6 +76,10 @@ class LocalDestination(Destination):
     ) -> list[str]:
         return await self.run(lambda: _prepare(self._path, mine, kept), None)
 
+    def check_fits(self, sizes: Sequence[int]) -> None:
+        # What is written takes no memory here.
+        pass
+
     async def create(self, name: str, size_bytes: int) -> NewFile:
         file = _LocalFile(self, self._path, name, size_bytes)
         try:
@@ -84,10 +89,22 @@ class LocalDestination(Destination):
             raise
         return file
 
-    async def reopen(self, name: str, size_bytes: int, kept: Mapping[str, Any]) -> NewFile | None:
+    async def reopen(
+        self, name: str, size_bytes: int, kept: Mapping[str, Any], sums: Sequence[tuple[int, int]] = ()
+    ) -> NewFile | None:
         file = _LocalFile(self, self._path, name, size_bytes)
-        there = await self.run(lambda: file.reopen(kept), name)
-        return file if there else None
+        try:
+            if not await self.run(lambda: file.reopen(kept), name):
+                return None
+            # Inodes are given out again: by its number alone, another save's file may pass for one that is not
+            # finished and has no time of its own.
+            if not file.published and kept["bytes"] < size_bytes and not await file.holds(sums):
+                await file.leave()
+                return None
+        except BaseException:
+            await file.leave()
+            raise
+        return file
 
     async def write_all(self, pieces: Sequence[tuple[NewFile, memoryview]]) -> None:
         def write() -> None:
@@ -185,6 +202,23 @@ class _LocalFile(NewFile):
             whole = status.st_size == nbytes == self.size_bytes
             self.published = whole and (status.st_ino, status.st_mtime_ns) == (inode, time)
         return self.published
+
+    async def holds(self, sums: Sequence[tuple[int, int]]) -> bool:
+        """Whether what was written so far is stretches of these lengths and checksums."""
+        if sum(nbytes for nbytes, _ in sums) != self._position:
+            return False
+        found = BlockSums(nbytes for nbytes, _ in sums)
+        for start in range(0, self._position, _MAX_CALL_BYTES):
+            nbytes = min(_MAX_CALL_BYTES, self._position - start)
+            await self._folder.run(lambda at=start, nbytes=nbytes: found.add(self._read(at, nbytes)), self.name)  # type: ignore[misc]
+        return list(found.values) == [value for _, value in sums]
+
+    def _read(self, start: int, nbytes: int) -> memoryview:
+        assert self._fd is not None
+        data = os.pread(self._fd, nbytes, start)
+        if len(data) != nbytes:
+            raise SourceError(f"the file has become shorter than {start + nbytes} bytes")
+        return memoryview(data)
 
     async def write(self, data: memoryview) -> None:
         for start in range(0, data.nbytes, _MAX_CALL_BYTES):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streamload.checksums import Checksum, RunningChecksum, combined
-from streamload.errors import ChecksumError, NotFoundError, OptionError, SourceError
+from streamload.errors import AccessError, ChecksumError, NotFoundError, OptionError, SourceError
 from streamload.save.base import NOTHING_KEPT, Ask, Destination, NewFile
 from streamload.sources.s3 import place_of
 from streamload.sources.s3_client import Asked, S3Client
@@ -101,6 +102,18 @@ class S3Destination(Destination):
         names = (entry["Key"].removeprefix(self.prefix) for entry in there)
         return sorted(name for name in names if mine(name))
 
+    def check_fits(self, sizes: Sequence[int]) -> None:
+        # S3 takes 10,000 parts at most, so those of a large object are larger than usual.
+        part_bytes = max(map(self._part_bytes, sizes), default=0)
+        needed = (len(sizes) + 1) * part_bytes
+        if len(sizes) > 1 and needed > self._memory_bytes:
+            raise OptionError(
+                f"{len(sizes)} objects are written at the same time, the largest of them in parts of {part_bytes} "
+                f"bytes: it takes {needed} bytes of memory for parts, and there are {self._memory_bytes}, half of "
+                "memory_bytes: raise it, or lower max_file_bytes",
+                uri=self.uri,
+            )
+
     async def create(self, name: str, size_bytes: int) -> NewFile:
         file = _Upload(self, name, size_bytes, self._part_bytes(size_bytes))
         try:
@@ -110,7 +123,9 @@ class S3Destination(Destination):
             raise
         return file
 
-    async def reopen(self, name: str, size_bytes: int, kept: Mapping[str, Any]) -> NewFile | None:
+    async def reopen(
+        self, name: str, size_bytes: int, kept: Mapping[str, Any], sums: Sequence[tuple[int, int]] = ()
+    ) -> NewFile | None:
         file = _Upload(self, name, size_bytes, self._part_bytes(size_bytes))
         return file if await file.reopen(kept) else None
 
@@ -217,7 +232,6 @@ class _Upload(NewFile):
         self._sending: list[asyncio.Task[dict[str, Any]]] = []
         self._sums: list[tuple[int, int]] = []
         self._parts: list[dict[str, Any]] = []
-        self._completing = False  # it has been asked for, and nobody knows whether it was done
         self._failed: BaseException | None = None
 
     async def begin(self) -> None:
@@ -296,17 +310,23 @@ class _Upload(NewFile):
         if self.published:
             return
         # From here on, cancelled or cut off, it may have been completed all the same: then it has to be removed.
-        self._completing = True
+        self.doubtful = True
         try:
             answer = await self._folder.call(
                 "complete_multipart_upload", self.name, UploadId=self._id, MultipartUpload={"Parts": self._parts}
             )
         except NotFoundError:
-            # Perhaps an attempt whose answer was lost has completed it.
+            # Perhaps an attempt whose answer was lost has completed it; or somebody has aborted it.
             answer = await self._folder.call("head_object", self.name, ChecksumMode="ENABLED")
-            if answer.get("ContentLength") != self.size_bytes or not answer.get("ChecksumCRC64NVME"):
+            if not self._is_ours(answer):
+                self.doubtful = False
                 raise
-        self.published, self._completing = True, False
+        except AccessError as error:
+            # Refused at once, it was not done. Whether an attempt without an answer has done it, nobody knows.
+            self.doubtful = (error.attempts or 1) > 1
+            raise
+        self.published, self.doubtful = True, False
+        self._id = None
         # Each part was compared when it came. What they were put together to is told only now.
         kept = answer.get("ChecksumCRC64NVME")
         if kept is not None and kept not in self._whole():
@@ -345,7 +365,8 @@ class _Upload(NewFile):
         try:
             there = await self._list_parts()
         except NotFoundError:
-            self.published = await self._is_there(certainly=True)
+            self._id = None
+            self.published = await self._is_there()
             return self.published
         return there == [(part["PartNumber"], part["ETag"].strip('"')) for part in self._parts]
 
@@ -369,28 +390,37 @@ class _Upload(NewFile):
         if self._buffer is not None:
             self._buffer = None
             await self._folder.give(self._part_bytes)
-        upload_id, self._id = self._id, None
-        if upload_id is not None:
-            await self._folder.abort(self.name, upload_id)
-        published, completing = self.published, self._completing
-        self.published = self._completing = False
-        if published or (completing and await self._is_there(certainly=False)):
-            await self._folder.remove(self.name)
-
-    async def _is_there(self, *, certainly: bool) -> bool:
-        """Whether what is under its name is what the upload was completed to.
-
-        Args:
-            certainly: What to say where the store keeps no checksum that could tell it from an earlier one.
-        """
         try:
-            answer = await self._folder.call("head_object", self.name, ChecksumMode="ENABLED")
+            if self._id is not None:
+                await self._folder.abort(self.name, self._id)
+                self._id = None
+        finally:
+            # After the upload is aborted: from then on it cannot be completed any more. But also where that fails.
+            if self.published or (self.doubtful and await self._is_there()):
+                await self._folder.remove(self.name)
+            self.published = self.doubtful = False
+
+    async def _is_there(self) -> bool:
+        """Whether what is under its name is certainly what the upload was completed to."""
+        try:
+            return self._is_ours(await self._folder.call("head_object", self.name, ChecksumMode="ENABLED"))
         except NotFoundError:
             return False
+
+    def _is_ours(self, answer: Mapping[str, Any]) -> bool:
+        """Whether what a store says of an object is said of what was sent, and not of an earlier one."""
+        if answer.get("ContentLength") != self.size_bytes:
+            return False
         kept = answer.get("ChecksumCRC64NVME")
-        return answer.get("ContentLength") == self.size_bytes and (
-            not certainly if kept is None else kept in self._whole()
-        )
+        if kept is not None:
+            return kept in self._whole()
+        try:
+            tags = [bytes.fromhex(part["ETag"].strip('"')) for part in self._parts]
+        except ValueError:
+            return False
+        # As S3 makes it, and stores that keep no checksum do, where nothing is encrypted.
+        tag = f"{hashlib.md5(b''.join(tags), usedforsecurity=False).hexdigest()}-{len(tags)}"
+        return str(answer.get("ETag")).strip('"') == tag
 
 
 def _base64(value: int) -> str:

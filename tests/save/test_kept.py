@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from awscrt.checksums import crc64nvme
 
 from streamload.errors import SourceError
 from streamload.save import Destination, NewFile
@@ -149,7 +150,10 @@ def test_a_begun_file_is_gone_on_with_on_a_disk(tmp_path: Path) -> None:
         return kept
 
     async def end(destination: Destination) -> None:
-        file = await destination.reopen(NAME, len(CONTENT), kept)
+        sums = [(nbytes, crc64nvme(CONTENT[start : start + nbytes])) for start, nbytes in [(0, 10), (10, 990)]]
+        for others in ([], sums[:1], sums[::-1], [*sums, sums[0]], [(1000, 1)]):
+            assert await destination.reopen(NAME, len(CONTENT), kept, others) is None
+        file = await destination.reopen(NAME, len(CONTENT), kept, sums)
         assert file is not None
         await file.write(memoryview(CONTENT)[1000:])
         await file.finish()

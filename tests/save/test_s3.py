@@ -15,6 +15,7 @@ from streamload.errors import AccessError, ChecksumError, SourceError, Transient
 from streamload.pipeline.engine import Engine
 from streamload.pipeline.policy import RetryPolicy
 from streamload.pipeline.verify import BY_MANIFEST
+from streamload.save import open_destination
 from streamload.sources.s3_client import S3Client
 from tests.save.sharded import MIB, check_folder, state, threads_of_ours
 from tests.servers import S3Bucket
@@ -174,11 +175,11 @@ def test_a_save_that_fails_anywhere_leaves_nothing(s3_bucket: S3Bucket, after: b
         def fail(number: int, operation: str, was_after: bool, at: int = at, failed: list[str] = failed) -> None:
             if (number, was_after) == (at, after):
                 failed.append(operation)
-                raise AccessError("refused")
+                raise SourceError("no answer") if after else AccessError("refused")
 
         with pytest.MonkeyPatch.context() as patch:
             _Calls(patch, fail)
-            with pytest.raises(AccessError, match="refused") as caught:
+            with pytest.raises(SourceError, match="no answer" if after else "refused") as caught:
                 _small_save(s3_bucket)
         assert caught.value.uri == f"{s3_bucket.uri}/m"
         assert _keys(s3_bucket) == [], f"at {operation}, request {at}"
@@ -273,6 +274,130 @@ def test_a_file_that_could_not_be_replaced_is_still_there(s3_bucket: S3Bucket, m
     assert _keys(s3_bucket) == [FIRST]
     assert _uploads(s3_bucket) == []
     assert torch.equal(streamload.load(f"{s3_bucket.uri}/m")["a"], torch.zeros(10))
+
+
+class TestWhatLiesUnderTheNameAlready:
+    """An object of the same length as the one that is uploaded, by somebody else."""
+
+    OLD, NEW = bytes(1000), bytes([1]) * 1000
+
+    def attempt(self, bucket: S3Bucket, between: Callable[[str], object] = lambda upload_id: None) -> None:
+        """Upload, do something, and publish; discard where that fails."""
+
+        async def body() -> None:
+            async with open_destination(f"{bucket.uri}/m", memory_bytes=MIB) as destination:
+                file = await destination.create("f", len(self.NEW))
+                try:
+                    await file.write(memoryview(self.NEW))
+                    await file.finish()
+                    kept = await file.keep()
+                    assert kept is not None
+                    between(kept["upload"])
+                    await file.publish()
+                except BaseException:
+                    await file.discard()
+                    raise
+
+        asyncio.run(body())
+
+    def put(self, bucket: S3Bucket) -> None:
+        bucket.client.put_object(Bucket=bucket.name, Key="m/f", Body=self.OLD, ChecksumAlgorithm="CRC64NVME")
+
+    def there(self, bucket: S3Bucket) -> bytes | None:
+        if not _keys(bucket):
+            return None
+        content: bytes = bucket.client.get_object(Bucket=bucket.name, Key="m/f")["Body"].read()
+        return content
+
+    @pytest.fixture(params=[True, False], ids=["checksums", "no checksums"])
+    def sums(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        if request.param:
+            return
+        call = S3Client.call
+
+        async def without(client: S3Client, operation: str, **arguments: Any) -> dict[str, Any]:
+            answer = await call(client, operation, **arguments)
+            if operation in ("head_object", "complete_multipart_upload"):
+                answer.pop("ChecksumCRC64NVME", None)
+            return answer
+
+        monkeypatch.setattr(S3Client, "call", without)
+
+    @pytest.mark.usefixtures("sums")
+    def test_it_is_not_taken_for_an_upload_that_was_aborted(self, s3_bucket: S3Bucket) -> None:
+        self.put(s3_bucket)
+
+        def abort(upload_id: str) -> None:
+            s3_bucket.client.abort_multipart_upload(Bucket=s3_bucket.name, Key="m/f", UploadId=upload_id)
+
+        with pytest.raises(FileNotFoundError):
+            self.attempt(s3_bucket, abort)
+        assert self.there(s3_bucket) == self.OLD
+
+    @pytest.mark.usefixtures("sums")
+    @pytest.mark.parametrize("error", [AccessError("refused"), SourceError("no answer")])
+    def test_it_stays_where_the_upload_was_not_completed(
+        self, s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch, error: SourceError
+    ) -> None:
+        self.put(s3_bucket)
+
+        def refuse(number: int, operation: str, after: bool) -> None:
+            if operation == "complete_multipart_upload":
+                raise error
+
+        _Calls(monkeypatch, refuse)
+        with pytest.raises(SourceError, match=error.cause):
+            self.attempt(s3_bucket)
+        assert self.there(s3_bucket) == self.OLD
+        assert _uploads(s3_bucket) == []
+
+    def test_nor_is_one_with_the_same_content_removed_then(
+        self, s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.attempt(s3_bucket)
+
+        def refuse(number: int, operation: str, after: bool) -> None:
+            if operation == "complete_multipart_upload":
+                raise AccessError("refused")
+
+        _Calls(monkeypatch, refuse)
+        with pytest.raises(AccessError, match="refused"):
+            self.attempt(s3_bucket)
+        assert self.there(s3_bucket) == self.NEW
+
+    @pytest.mark.usefixtures("sums")
+    @pytest.mark.parametrize("abort_fails", [False, True])
+    def test_what_was_completed_without_an_answer_is_removed(
+        self, s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch, abort_fails: bool
+    ) -> None:
+        self.put(s3_bucket)
+
+        def lose(number: int, operation: str, after: bool) -> None:
+            if operation == "complete_multipart_upload" and after:
+                raise SourceError("no answer")
+            if operation == "abort_multipart_upload" and abort_fails:
+                raise AccessError("refused")
+
+        _Calls(monkeypatch, lose)
+        with pytest.raises(SourceError, match="refused" if abort_fails else "no answer"):
+            self.attempt(s3_bucket)
+        assert self.there(s3_bucket) is None
+
+
+def test_what_is_published_has_no_upload_to_abort(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _Calls(monkeypatch, lambda number, operation, after: None)
+
+    async def body() -> None:
+        async with open_destination(f"{s3_bucket.uri}/m", memory_bytes=MIB) as destination:
+            file = await destination.create("f", 3)
+            await file.write(memoryview(b"abc"))
+            await file.finish()
+            await file.publish()
+            await file.discard()
+
+    asyncio.run(body())
+    assert _keys(s3_bucket) == []
+    assert "abort_multipart_upload" not in calls.operations
 
 
 def test_a_part_that_is_damaged_on_the_way_is_refused(s3_bucket: S3Bucket, monkeypatch: pytest.MonkeyPatch) -> None:

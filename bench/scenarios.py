@@ -64,7 +64,7 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("local-warm", "local files in the page cache", "llama", "warm", quick=("drain", "params")),
         Scenario("local-cold", "local files, the page cache dropped", "llama", "cold"),
         Scenario("s3-http", "S3 on loopback", "llama", "http", quick=("drain", "params")),
-        Scenario("s3-tls", "the same through TLS", "llama", "tls"),
+        Scenario("s3-tls", "S3 on loopback, through TLS", "llama", "tls"),
         Scenario(
             "s3-capped",
             "S3 at about 100 MiB/s for each connection",

@@ -91,10 +91,12 @@ def markdown(report: Report) -> str:
     for result in counted:
         name = f"**{result.loader}**" if result.loader == "streamload" else result.loader
         lines.append(f"| {' | '.join([result.destination, name, *_measured(result, 2)])} |")
-    others = [result for result in report.results if result not in counted]
+    others: dict[str, list[str]] = {}
+    for result in report.results:
+        if result not in counted and result.loader not in others.setdefault(_verdict(result), []):
+            others[_verdict(result)].append(result.loader)
     if others:
-        said = [f"{each.loader} ({each.destination}): {_verdict(each)}" for each in others]
-        lines += ["", f"{'; '.join(said)}."]
+        lines += ["", "; ".join(f"{', '.join(names)}: {verdict}" for verdict, names in others.items()) + "."]
     return "\n".join(lines)
 
 

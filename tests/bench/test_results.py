@@ -71,7 +71,7 @@ def test_a_file_is_shown_as_tables_for_people_and_for_documents(
         "| drain | **streamload** | 1.50 | 1.50 | 1.50 | 0.67 | 1.33 | 3.00 | 0 |",
         "| drain | runai | 3.00 | 2.00 | 4.00 | 0.33 | 0.67 | 6.00 | 0 |",
     ]
-    assert lines[8] == "safetensors (drain): WRONG: 1 of 9 tensors; obstore (drain): not run: no files."
+    assert lines[8] == "safetensors: WRONG: 1 of 9 tensors; obstore: not run: no files."
     assert lines[-1] == "Not run: no GPU."
 
 

@@ -197,6 +197,16 @@ def tries(data: Path, tmp_path: Path) -> Tries:
     return Tries(data, tmp_path / "results.json.runs")
 
 
+def test_files_that_somebody_reads_meanwhile_are_dropped_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drops = iter([None, "somebody reads them", None, "not here", *["not here"] * 100])
+    monkeypatch.setattr(datasets, "drop_from_page_cache", lambda folder: next(drops))
+    settings = Settings(data, ("limit",), SIZE, rounds=1)
+    report = run_scenario("local-cold", settings)
+    (limit,) = [result for result in report.results if result.destination == "drain"]
+    assert (report.skipped, len(limit.seconds), limit.reason) == (None, 1, None)
+    assert run_scenario("local-cold", settings).skipped == "not here"
+
+
 def test_an_interrupted_run_goes_on(tries: Tries) -> None:
     assert tries.go(stop_after=4) == (4, None)
     # Cut off in the middle of a line, as by a power failure.

@@ -198,9 +198,9 @@ class _Sharding:
         for rank, of_rank in enumerate(self._names):
             for group in range(len(conversion.groups)):
                 of_rank.name(conversion.part(rank, group) or 0)  # a pattern without parts cannot name a second file
-        for group in conversion.groups:
+        for tensors in conversion.groups:
             # But for the headers: better now than in the middle.
-            self._destination.check_fits([sum(conversion.sizes(rank, group)) for rank in range(len(self._names))])
+            self._destination.check_fits([sum(conversion.sizes(rank, tensors)) for rank in range(len(self._names))])
         sums = await self._watch(found, conversion)
         copied = [object for key, object in listed.items() if _is_copied(key)]
         source = {object.key: object for object in (*found.objects.values(), *copied)}

@@ -198,9 +198,9 @@ class _Sharding:
         for rank, of_rank in enumerate(self._names):
             for group in range(len(conversion.groups)):
                 of_rank.name(conversion.part(rank, group) or 0)  # a pattern without parts cannot name a second file
-        for group in conversion.groups:
+        for numbers in conversion.groups:
             # But for the headers: better now than in the middle.
-            self._destination.check_fits([sum(conversion.sizes(rank, group)) for rank in range(len(self._names))])
+            self._destination.check_fits([sum(conversion.sizes(rank, numbers)) for rank in range(len(self._names))])
         sums = await self._watch(found, conversion)
         copied = [object for key, object in listed.items() if _is_copied(key)]
         source = {object.key: object for object in (*found.objects.values(), *copied)}
@@ -273,7 +273,7 @@ class _Sharding:
             )
         return sums
 
-    async def _look(self) -> tuple[dict[str, SourceObject], bytes | None]:
+    async def _look(self) -> tuple[dict[str, SourceObject], bytearray | None]:
         """What is in the destination, and in its journal."""
         fetcher = Fetcher(self._place, self._recorder)
         try:
@@ -287,7 +287,7 @@ class _Sharding:
         await fetcher.read(object, 0, len(content), Loan([memoryview(content)]))
         return there, content
 
-    def _parse(self, content: bytes) -> Journal:
+    def _parse(self, content: bytearray) -> Journal:
         try:
             return Journal.parse(content)
         except CheckpointError as error:
@@ -319,7 +319,7 @@ class _Sharding:
         conversion: Conversion,
         made: Made,
         there: Mapping[str, SourceObject],
-        found: tuple[bytes | None, Journal | None],
+        found: tuple[bytearray | None, Journal | None],
         copied: Collection[str],
     ) -> tuple[ConversionWriter, Journal | None]:
         """What writes, and how far it is; None where it begins anew."""

@@ -563,7 +563,8 @@ def test_little_is_cut_ahead_of_what_is_written() -> None:
 def test_neighbouring_tensors_are_written_without_a_copy(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tp: int, placements: Any
 ) -> None:
-    write, owners = ConversionWriter.write, []
+    write = ConversionWriter.write
+    owners: list[type] = []
 
     async def noting(self: ConversionWriter, pieces: Pieces) -> None:
         owners.extend(type(piece.obj) for piece in pieces.values())

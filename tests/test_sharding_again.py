@@ -269,7 +269,8 @@ def test_a_journal_that_was_replaced_stays_where_that_did_not_end_well(
 
 
 def test_nor_is_one_taken_back_whose_upload_had_no_answer(source: Path, s3_bucket: S3Bucket) -> None:
-    made, options = f"{s3_bucket.uri}/made", {"tp": 2, "memory_bytes": 64 * MIB, "max_file_bytes": 200_000}
+    made = f"{s3_bucket.uri}/made"
+    options: dict[str, Any] = {"tp": 2, "memory_bytes": 64 * MIB, "max_file_bytes": 200_000}
     call, put = S3Client.call, 0
 
     async def losing(client: S3Client, operation: str, **arguments: Any) -> dict[str, Any]:
@@ -294,7 +295,8 @@ def test_nor_is_one_taken_back_whose_upload_had_no_answer(source: Path, s3_bucke
 def test_one_that_was_overtaken_in_s3_leaves_the_other_as_it_is(
     source: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], s3_bucket: S3Bucket, moment: str
 ) -> None:
-    made, options = f"{s3_bucket.uri}/made", {"tp": 2, "memory_bytes": 64 * MIB}
+    made = f"{s3_bucket.uri}/made"
+    options: dict[str, Any] = {"tp": 2, "memory_bytes": 64 * MIB}
     streamload.shard(source, made, **options)
     mine = write_source(tmp_path / "mine", tensors, plus=1)
     theirs = write_source(tmp_path / "theirs", tensors, plus=2)

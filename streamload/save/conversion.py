@@ -32,10 +32,10 @@ __all__ = ["ConversionWriter", "Look", "Pieces", "views_of"]
 Pieces: TypeAlias = Mapping[int, memoryview]
 """What a read has brought, by rank: the next bytes of that rank's file."""
 
-Look: TypeAlias = Callable[[], Awaitable[tuple[Mapping[str, SourceObject], bytes | None]]]
+Look: TypeAlias = Callable[[], Awaitable[tuple[Mapping[str, SourceObject], bytes | bytearray | None]]]
 """Says which files there are, and what is in the journal among them, up to the length that is read."""
 
-NOTHING_OLDER: Mapping[str, tuple[int, str]] = {}
+_NOTHING_OLDER: Mapping[str, tuple[int, str]] = {}
 
 _log = logging.getLogger("streamload.save")
 
@@ -124,8 +124,8 @@ class ConversionWriter:
         made: Made,
         *,
         look: Look,
-        journal: bytes | None = None,
-        older: Mapping[str, tuple[int, str]] = NOTHING_OLDER,
+        journal: bytes | bytearray | None = None,
+        older: Mapping[str, tuple[int, str]] = _NOTHING_OLDER,
     ) -> None:
         self._destination = destination
         self._conversion = conversion
@@ -439,7 +439,7 @@ def views_of(part: TensorInfo, view: memoryview, span: Span) -> Iterable[memoryv
     return [*(each for at, each in around if at < first), *views, *(each for at, each in around if at >= first)]
 
 
-def _told(journal: bytes | None) -> bytes | None:
+def _told(journal: bytes | bytearray | None) -> bytes | None:
     """Tells a journal from any other one, in little memory: one of many tensors has some megabytes."""
     return None if journal is None else hashlib.sha256(memoryview(journal)[:MAX_MANIFEST_BYTES]).digest()
 

@@ -198,9 +198,9 @@ class _Sharding:
         for rank, of_rank in enumerate(self._names):
             for group in range(len(conversion.groups)):
                 of_rank.name(conversion.part(rank, group) or 0)  # a pattern without parts cannot name a second file
-        for tensors in conversion.groups:
+        for numbers in conversion.groups:
             # But for the headers: better now than in the middle.
-            self._destination.check_fits([sum(conversion.sizes(rank, tensors)) for rank in range(len(self._names))])
+            self._destination.check_fits([sum(conversion.sizes(rank, numbers)) for rank in range(len(self._names))])
         sums = await self._watch(found, conversion)
         copied = [object for key, object in listed.items() if _is_copied(key)]
         source = {object.key: object for object in (*found.objects.values(), *copied)}
@@ -213,11 +213,14 @@ class _Sharding:
         self._recorder.planned(len(conversion.catalog.files), conversion.tensors, conversion.nbytes)
         async with self._destination, open_source(self._uri) as self._place:
             await self._destination.claim(f"{JOURNAL_NAME}.lock")
-            there, journal = await self._look()
+            there, content = await self._look()
+            journal = None if content is None else self._parse(content)
             self._check_foreign(there, journal)
             if journal is not None and journal.made == made and journal.done and _is_done(journal, there):
                 return self._result(conversion, journal.done, conversion.nbytes, [object.key for object in copied])
-            writer, begun = await self._resume(conversion, made, there, journal, {object.key for object in copied})
+            writer, begun = await self._resume(
+                conversion, made, there, (content, journal), {object.key for object in copied}
+            )
             try:
                 if begun is None:
                     await writer.begin_anew()
@@ -270,8 +273,8 @@ class _Sharding:
             )
         return sums
 
-    async def _look(self) -> tuple[dict[str, SourceObject], Journal | None]:
-        """What is in the destination, and what the journal says."""
+    async def _look(self) -> tuple[dict[str, SourceObject], bytearray | None]:
+        """What is in the destination, and in its journal."""
         fetcher = Fetcher(self._place, self._recorder)
         try:
             there = {object.key: object for object in await fetcher.ask(self._place.list)}
@@ -282,8 +285,11 @@ class _Sharding:
             return there, None
         content = bytearray(min(object.size_bytes, MAX_MANIFEST_BYTES))
         await fetcher.read(object, 0, len(content), Loan([memoryview(content)]))
+        return there, content
+
+    def _parse(self, content: bytearray) -> Journal:
         try:
-            return there, Journal.parse(content)
+            return Journal.parse(content)
         except CheckpointError as error:
             raise error.locate(uri=scrub_uri(self._uri)) from error.__cause__
 
@@ -313,15 +319,16 @@ class _Sharding:
         conversion: Conversion,
         made: Made,
         there: Mapping[str, SourceObject],
-        journal: Journal | None,
+        found: tuple[bytearray | None, Journal | None],
         copied: Collection[str],
     ) -> tuple[ConversionWriter, Journal | None]:
         """What writes, and how far it is; None where it begins anew."""
+        content, journal = found
 
         def writer_over(older: Iterable[str]) -> ConversionWriter:
             versions = {name: _version_of(there[name]) for name in older if name in there}
             return ConversionWriter(
-                self._destination, conversion, self._names, made, look=self._look, journal=journal, older=versions
+                self._destination, conversion, self._names, made, look=self._look, journal=content, older=versions
             )
 
         copies = {*copied, *(key for key in (journal.made.source if journal else ()) if _is_copied(key))}

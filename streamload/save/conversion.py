@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from streamload.checkpoint import (
     BLOCK_BYTES,
+    MAX_MANIFEST_BYTES,
     ManifestFile,
     ManifestTensor,
     RankFiles,
@@ -30,10 +32,10 @@ __all__ = ["ConversionWriter", "Look", "Pieces", "views_of"]
 Pieces: TypeAlias = Mapping[int, memoryview]
 """What a read has brought, by rank: the next bytes of that rank's file."""
 
-Look: TypeAlias = Callable[[], Awaitable[tuple[Mapping[str, SourceObject], Journal | None]]]
-"""Says which files there are, and what the journal among them says."""
+Look: TypeAlias = Callable[[], Awaitable[tuple[Mapping[str, SourceObject], bytes | bytearray | None]]]
+"""Says which files there are, and what is in the journal among them, up to the length that is read."""
 
-NOTHING_OLDER: Mapping[str, tuple[int, str]] = {}
+_NOTHING_OLDER: Mapping[str, tuple[int, str]] = {}
 
 _log = logging.getLogger("streamload.save")
 
@@ -108,8 +110,8 @@ class ConversionWriter:
         conversion: What goes where.
         names: What each rank's files are called.
         made: For the journal.
-        look: Says what is in the destination, and what the journal there says.
-        journal: What it said last.
+        look: Says what is in the destination, and in the journal there.
+        journal: What was in it.
         older: Files of an earlier conversion that are there, and will be replaced or removed, in this order: size and
             version of each.
     """
@@ -122,15 +124,15 @@ class ConversionWriter:
         made: Made,
         *,
         look: Look,
-        journal: Journal | None = None,
-        older: Mapping[str, tuple[int, str]] = NOTHING_OLDER,
+        journal: bytes | bytearray | None = None,
+        older: Mapping[str, tuple[int, str]] = _NOTHING_OLDER,
     ) -> None:
         self._destination = destination
         self._conversion = conversion
         self._names = names
         self._made = made
         self._look = look
-        self._journal = journal  # as this conversion found it, or has written it
+        self._journal = _told(journal)  # as this conversion has found it, or written it
         self._older = dict(older)
         self._group = 0
         self._files: dict[str, _RankFile] = {}  # all of them, those that were finished before included
@@ -300,11 +302,8 @@ class ConversionWriter:
         if not manifests:
             return []
         for rank, name in enumerate(of_ranks):
-            content = encode_manifest(list(self._said_of(rank)))
-            manifest = await self.create_beside(name, len(content))
-            await manifest.write(memoryview(content))
-            await manifest.finish()
-            await manifest.publish()
+            # One after the other in memory, too: that of many tensors has megabytes.
+            await self._put_manifest(name, encode_manifest(list(self._said_of(rank))))
         return of_ranks
 
     async def done(self, versions: Mapping[str, tuple[int, str]]) -> None:
@@ -344,6 +343,12 @@ class ConversionWriter:
             # What the conversion failed of matters more.
             _log.warning("something is left of a conversion that failed: %s", error)
 
+    async def _put_manifest(self, name: str, content: bytes) -> None:
+        file = await self.create_beside(name, len(content))
+        await file.write(memoryview(content))
+        await file.finish()
+        await file.publish()
+
     async def _forget(self) -> None:
         if self._older:
             await self.begin_anew()
@@ -359,7 +364,7 @@ class ConversionWriter:
         """
         try:
             there, journal = await self._look()
-            other = journal != self._journal
+            other = _told(journal) != self._journal
         except ObjectChangedError:  # between two requests; the checkpoint that is converted has not
             other = True
         if other:
@@ -381,12 +386,12 @@ class ConversionWriter:
             if file.published or file.doubtful:
                 # It is true, and the one before is gone, perhaps: what either tells of has to stay.
                 self._noted |= frozenset(journal.files)
-                self._journal = journal
+                self._journal = _told(content)
                 await file.leave()
             else:
                 await file.discard()
             raise
-        self._noted, self._journal = frozenset(journal.files), journal
+        self._noted, self._journal = frozenset(journal.files), _told(content)
 
     def _names_of(self, group: int) -> Iterator[tuple[int, str]]:
         for rank, names in enumerate(self._names):
@@ -432,6 +437,11 @@ def views_of(part: TensorInfo, view: memoryview, span: Span) -> Iterable[memoryv
     views = [view[at : at + nbytes] for at in range(first - span.start, last - span.start, step)]
     around = [(at, view[at - span.start : at - span.start + size]) for at, _, size in ends]
     return [*(each for at, each in around if at < first), *views, *(each for at, each in around if at >= first)]
+
+
+def _told(journal: bytes | bytearray | None) -> bytes | None:
+    """Tells a journal from any other one, in little memory: one of many tensors has some megabytes."""
+    return None if journal is None else hashlib.sha256(memoryview(journal)[:MAX_MANIFEST_BYTES]).digest()
 
 
 def _values(sums: str) -> Iterator[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,12 +21,6 @@ from tests.servers import S3Bucket
 # Time is no criterion: machines are shared.
 settings.register_profile("streamload", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("streamload")
-
-
-def pytest_collection_finish() -> None:
-    """Whatever was imported stays: a test that looks for garbage of its own need not go through all of that again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

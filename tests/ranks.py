@@ -82,9 +82,9 @@ def main() -> None:
 
     finish = peers.Peers.finish
 
-    def say_and_finish(self: peers.Peers, timeout_s: float | None = None) -> None:
+    def say_and_finish(self: peers.Peers, timeout_s: float | None = None, **versions: Any) -> None:
         _say(at="finishing")
-        finish(self, timeout_s)
+        finish(self, timeout_s, **versions)
 
     for _ in range(task.loads):
         into = {"weight": torch.zeros(300, 300), "rank": torch.tensor(-1)}

@@ -469,7 +469,7 @@ class FakePeers:
         self.threads.append(threading.Thread(target=fail))
         self.threads[-1].start()
 
-    def finish(self, timeout_s: float | None) -> None:
+    def finish(self, timeout_s: float | None, *, versions: Mapping[str, str]) -> None:
         raise AssertionError("the load must not succeed")
 
     def failed(self, error: BaseException) -> None:
@@ -505,7 +505,7 @@ def test_where_another_rank_fails_at_the_end_the_content_does_not_count(
     serve: Callable[[Source], Source], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Late(FakePeers):
-        def finish(self, timeout_s: float | None) -> None:
+        def finish(self, timeout_s: float | None, *, versions: Mapping[str, str]) -> None:
             assert timeout_s is not None
             assert 0 < timeout_s < 1000
             raise PeerError("rank 1 failed: late")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
 import streamload
+from streamload.asking import AskedLoad
 from streamload.errors import AccessError, CheckpointError, MismatchError, NotFoundError, OptionError, StreamloadError
 from streamload.events import Event
 from streamload.options import Options
@@ -346,8 +347,19 @@ def test_an_interrupt_ends_everything(models: Callable[[str], Path], monkeypatch
     made = spoiled(monkeypatch, fail_at=BEFORE_DATA + 1, block=True)
     main = threading.get_ident()
 
+    waiting = threading.Event()
+    receive = AskedLoad._receive
+
+    def telling(self: AskedLoad) -> bool:
+        waiting.set()
+        return receive(self)
+
+    # Elsewhere the interrupt may hit a callback of the collector's, which swallows what it raises.
+    monkeypatch.setattr(AskedLoad, "_receive", telling)
+
     def interrupt() -> None:
         made[0].blocked.result()
+        waiting.wait()
         signal.pthread_kill(main, signal.SIGINT)
 
     def when_blocked(event: Event) -> None:

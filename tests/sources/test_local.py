@@ -215,8 +215,10 @@ def test_a_finished_read_keeps_no_memory_alive(file: Path, kernel: _Kernel, fail
             await asyncio.wait([reading])
             assert (reading.exception() is not None) == fails
             del memory, reading
-            gc.collect()
-            assert gone() is None
+            # The thread that has read it lets go a moment after it has told so. What does not is ended in the end.
+            while gone() is not None:
+                gc.collect()
+                await asyncio.sleep(0)
 
     run_on_each_loop(body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,11 @@ from tests.servers import S3Bucket
 # Time is no criterion: machines are shared.
 settings.register_profile("streamload", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("streamload")
+
+
+def pytest_configure() -> None:
+    # A shell has what it starts in the background ignore it, and so would all that is started from here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -50,8 +50,8 @@ def main() -> None:
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    import streamload
-    from streamload import peers
+    # Before the ranks meet: what is imported later lets one of them be far behind.
+    from streamload import load_into, peers
     from streamload.errors import AccessError
     from streamload.sources.local import LocalSource
     from streamload.testing import FaultSource
@@ -95,7 +95,7 @@ def main() -> None:
                 patch("streamload.planning.open_source", open_source),
                 patch("streamload.peers.Peers.finish", say_and_finish),
             ):
-                streamload.load_into(into, task.folder, rank=task.rank, world_size=task.size)
+                load_into(into, task.folder, rank=task.rank, world_size=task.size)
         except Exception as error:
             _say(at="failed", kind=type(error).__name__, text=str(error), rank=getattr(error, "rank", None))
         else:

@@ -1,7 +1,7 @@
 # Two images; neither needs a shell, root, or a root file system that it can write to.
 #
-#   docker build --target init --tag streamload .           stage and serve: without torch
-#   docker build --target loader --tag streamload-loader .  every command, with torch
+#   docker build --target init --tag streamload:0.1.0 .           stage and serve: without torch
+#   docker build --target loader --tag streamload-loader:0.1.0 .  every command, with torch
 #
 # `make image-test` builds `init` and runs it as a kubelet would; constraints.txt holds for its Python.
 

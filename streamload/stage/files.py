@@ -7,7 +7,7 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from streamload.errors import SourceError
-from streamload.stage.names import is_unfinished, unfinished_name
+from streamload.stage.names import LOCK_NAME, is_unfinished, unfinished_name
 from streamload.stage.volume import reserve, start_writeback, sync_folder
 
 __all__ = ["StagedFile", "remove_unfinished"]
@@ -20,14 +20,15 @@ def remove_unfinished(folder: str, *, but: Collection[str]) -> None:
     """Remove what a killed process has left of files that nobody goes on with; it takes as much room as whole ones.
 
     Args:
-        folder: Where to look, and in all folders below.
+        folder: Where to look, and in the folders below, but for those that are staged into by themselves.
         but: The keys of those that are gone on with.
 
     Raises:
         OSError: One cannot be removed.
     """
     mine = {os.path.join(folder, unfinished_name(key)) for key in but}
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not os.path.lexists(os.path.join(parent, name, LOCK_NAME))]
         for path in (os.path.join(parent, name) for name in names if is_unfinished(name)):
             if path not in mine:
                 os.unlink(path)

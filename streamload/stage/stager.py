@@ -342,7 +342,7 @@ class Stager:
         if self._options.cache is not None:
             self._move_to(cache.version_folder(self._options.cache, self.uri, listing.digest))
             self._use = await self._hold(USE_NAME, shared=True)
-            self._use.touch()
+            await self._calls.run(self._use.touch)
         ready = await self._calls.run(lambda: read_ready(self.folder))
         if not await self._is_present(ready, listing):
             lock_began = self.recorder.now()
@@ -409,7 +409,7 @@ class Stager:
             self._move_to(folder)
             if self._options.cache is not None:
                 self._use = await self._hold(USE_NAME, shared=True)
-                self._use.touch()
+                await self._calls.run(self._use.touch)
             ready = await self._calls.run(lambda: read_ready(self.folder))
             if ready is not None and await self._calls.run(lambda: self._vouches(ready)):  # noqa: B023
                 files = {
@@ -638,7 +638,7 @@ class Stager:
     async def _link_to_version(self) -> None:
         """With a cache: the version is in use from now on, and the folder is a link to it."""
         if self._use is not None:
-            self._use.touch()
+            await self._calls.run(self._use.touch)
         if self._link is not None:
             link = self._link
             await self._calls.run(lambda: cache.link_to(link, os.path.abspath(self.folder)))

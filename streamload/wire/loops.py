@@ -86,7 +86,7 @@ class LoopThread:
     async def aclose(self) -> None:
         """Cancel what runs there and end the thread. May be called twice.
 
-        Cancelled while it waits, the thread ends all the same.
+        Cancelled while it waits, the thread ends all the same; where its loop does not close at once, a moment later.
         """
         if not self._closing and self._loop is not None:
             self._closing = True
